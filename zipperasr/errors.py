@@ -1,0 +1,8 @@
+"""The one exception for what a user can mend: bad data, bad configuration, a full disk."""
+
+
+class UserError(Exception):
+    """Says in one line which thing is wrong, its value, and how to mend it.
+
+    The command line prints the message without a traceback and exits with status 1.
+    """
