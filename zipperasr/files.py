@@ -100,5 +100,6 @@ def lock(directory: Path | str) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{directory}: another run is writing here; wait for it or choose another --exp-dir") from error
+            mend = "wait for it or choose another directory"
+            raise UserError(f"{directory}: another run is writing here; {mend}") from error
         yield

@@ -52,5 +52,6 @@ LANGUAGES = {row.code: row for row in _ROWS}
 def get(code: str) -> Language:
     """The row of a language code. Raises UserError naming the known codes."""
     if code not in LANGUAGES:
-        raise UserError(f"unknown language '{code}'; known: {', '.join(LANGUAGES)} (add a row to zipperasr/languages.py)")
+        known = ", ".join(LANGUAGES)
+        raise UserError(f"unknown language '{code}'; known: {known} (add a row to zipperasr/languages.py)")
     return LANGUAGES[code]

@@ -2,8 +2,8 @@
 
     [prompt of the language] [speech embeddings] [transcript] [end of text]
 
-Training sees the whole line, decoding everything before the transcript, so the decoding input is always a strict prefix of
-the training sequence (Eq. 4, arXiv:2603.17558).
+Training sees the whole line, decoding everything before the transcript, so the decoding input is always a strict prefix
+of the training sequence (Eq. 4, arXiv:2603.17558).
 """
 
 from typing import Protocol
