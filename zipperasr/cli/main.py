@@ -30,10 +30,10 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit status: 0, 1 for what the user can mend, 2 for wrong usage, 130 if interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_help())
-        return 0 if argv else 2
     try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_help(), flush=True)
+            return 0 if argv else 2
         return _run(argv[0], argv[1:])
     except UserError as error:
         return _fail(str(error))
