@@ -1,0 +1,79 @@
+"""Tiny random pretrained models on disk, for tests: a Whisper, a Qwen3 and a sentencepiece tokenizer in two seconds.
+
+`paths = tiny.make_pretrained(tmp_path)`, then `tiny.settings(paths, langs=["de", "th"])` are the ModelSettings of a
+zipper_soft model, `tiny.settings(paths, method=None)` those without an encoder adapter, as for stage 1.
+"""
+
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import sentencepiece
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from whisper.model import ModelDimensions, Whisper
+
+from zipperasr.languages import LANGUAGES
+from zipperasr.model import ModelSettings
+from zipperasr.model.whisper_io import save_whisper
+
+WORDS = {"de": "haus baum katze", "en": "one two three", "th": "หนึ่ง สอง สาม", "ja": "いち に さん", "zh": "一 二 三"}
+
+
+class Pretrained(NamedTuple):
+    """Folders of a Whisper and of an LM with its tokenizer."""
+
+    whisper: Path
+    lm: Path
+
+
+def make_pretrained(folder: Path, *, seed: int = 0, num_mel_bins: int = 80, n_audio_ctx: int = 1500) -> Pretrained:
+    """Write both models under `folder`: 2 layers each, encoder width 16, LLM width 32, vocabulary about 450."""
+    paths = Pretrained(Path(folder) / "whisper", Path(folder) / "lm")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        save_whisper(paths.whisper, make_whisper(num_mel_bins, n_audio_ctx), {c: i for i, c in enumerate(LANGUAGES)})
+        paths.lm.mkdir(parents=True, exist_ok=True)
+        tokenizer = make_tokenizer(paths.lm / "tokenizer.model")
+        make_lm(tokenizer.vocab_size(), tokenizer.eos_id()).save_pretrained(paths.lm)
+    return paths
+
+
+def make_whisper(num_mel_bins: int = 80, n_audio_ctx: int = 1500) -> Whisper:
+    """A Whisper of 2 + 1 layers, width 16, with random weights."""
+    dims = ModelDimensions(
+        num_mel_bins, n_audio_ctx, 16, 2, 2, n_vocab=32, n_text_ctx=8, n_text_state=16, n_text_head=2, n_text_layer=1
+    )
+    return Whisper(dims).eval()
+
+
+def make_lm(vocab_size: int, eos_id: int) -> Qwen3ForCausalLM:
+    """A Qwen3 of 2 layers, width 32, tied embeddings."""
+    config = Qwen3Config(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=eos_id,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval()
+
+
+def make_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """A sentencepiece model of the prompts and a few words, with byte fallback: any text can be encoded."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([row.prompt for row in LANGUAGES.values()] + list(WORDS.values())),
+        model_writer=model, vocab_size=450, hard_vocab_limit=False, byte_fallback=True, character_coverage=0.98,
+        bos_id=-1, eos_id=1, eos_piece="<|endoftext|>", unk_id=0, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    path.write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def settings(
+    paths: Pretrained, *, method: str | None = "zipper_soft", langs=("de", "th"), rank: int = 4, **encoder
+) -> ModelSettings:
+    """Settings of a tiny model; `encoder` are further EncoderSettings, such as context="chunked"."""
+    return ModelSettings.model_validate({
+        "encoder": {"pretrained": str(paths.whisper), **encoder},
+        "llm": {"pretrained": str(paths.lm), "lora": {"rank": rank, "alpha": 2 * rank}},
+        "adapter": method and {"method": method, "rank": rank, "alpha": 2 * rank, "langs": list(langs)},
+    })  # fmt: skip

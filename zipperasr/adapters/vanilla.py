@@ -1,0 +1,16 @@
+"""Vanilla LoRA: one update shared by all languages (Eq. 7, arXiv:2603.17558)."""
+
+from zipperasr.adapters.base import AdaptedLinear, new_A, new_B
+
+
+class Vanilla(AdaptedLinear):
+    """dW = s B A."""
+
+    by_language = False
+
+    def __init__(self, linear, settings, language_embeddings=None):
+        super().__init__(linear, settings)
+        self.A, self.B = new_A(linear, settings.rank), new_B(linear, settings.rank)
+
+    def factors(self, langs):
+        return self.A, (self.scaling * self.B).expand(len(langs), -1, -1)

@@ -1,0 +1,58 @@
+"""The Speech-LLM: encoder, projector, LLM, their assembly and checkpoints. Here: its settings."""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from zipperasr.adapters import AdapterSettings
+from zipperasr.config import Settings
+
+Seconds = Annotated[float, Field(gt=0, le=30)]
+
+
+class EncoderSettings(Settings):
+    """`pretrained`: a folder, a .pt file or a name that openai-whisper knows, such as large-v3."""
+
+    pretrained: str
+    context: Literal["full", "chunked"] = "full"
+    chunk_durations_s: tuple[Seconds, ...] = (1, 2, 4, 8)  # drawn from, per training batch
+    decode_chunk_s: Seconds = 8
+    pad_to_30s: bool = False  # as Whisper was trained; costs 2 to 7 times the compute
+
+
+class ProjectorSettings(Settings):
+    """`hidden_size`: width between the convolutions and the output; the encoder's width if null."""
+
+    hidden_size: int | None = Field(None, gt=0)
+
+
+class LoraSettings(Settings):
+    """Standard LoRA on all linear layers of the LLM."""
+
+    rank: int = Field(32, gt=0)
+    alpha: float = Field(64, gt=0)
+
+
+class LLMSettings(Settings):
+    """`pretrained`: a folder or a model id of the Hugging Face hub."""
+
+    pretrained: str
+    lora: LoraSettings = LoraSettings()
+
+
+class ModelSettings(Settings):
+    """A Speech-LLM. `adapter` is that of the encoder, which exists in stage 2 only."""
+
+    encoder: EncoderSettings
+    projector: ProjectorSettings = ProjectorSettings()
+    llm: LLMSettings
+    adapter: AdapterSettings | None = None
+
+
+class RunSettings(Settings):
+    """What a run's config.yaml says about its model; the other sections are not read."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    stage: Literal[1, 2]
+    model: ModelSettings

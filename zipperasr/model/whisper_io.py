@@ -1,0 +1,50 @@
+"""Reading and writing Whisper models in openai-whisper's form."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import whisper
+from safetensors.torch import load_file, save_file
+from whisper.model import ModelDimensions, Whisper
+from whisper.tokenizer import get_tokenizer
+
+from zipperasr import files
+from zipperasr.errors import UserError
+
+
+def load_whisper(name: str) -> tuple[Whisper, dict[str, int]]:
+    """A Whisper model in fp32 on the CPU and its language tokens {lang: token id}.
+
+    name: a folder written by `save_whisper`, a .pt file of openai-whisper, or one of its model names (downloaded and
+    checked by openai-whisper). Raises UserError when there is no such model or its parts do not fit.
+    """
+    if Path(name).is_dir():
+        return _load_folder(Path(name))
+    try:
+        model = whisper.load_model(name, device="cpu")
+    except RuntimeError as error:
+        raise UserError(f"Whisper model '{name}': {error}; give a folder, a .pt file or one of these names") from error
+    tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages)
+    return model, {lang: tokenizer.to_language_token(lang) for lang in tokenizer.all_language_codes}
+
+
+def save_whisper(
+    folder: Path | str, model: Whisper, language_tokens: dict[str, int], *, dtype: torch.dtype = torch.float16
+) -> None:
+    """Write `config.json` (dimensions, language tokens) and `model.safetensors` (openai-whisper's tensor names)."""
+    folder = Path(folder)
+    config = {"dims": dataclasses.asdict(model.dims), "language_tokens": language_tokens}
+    files.write_json(folder / "config.json", config)
+    with files.beside(folder / "model.safetensors") as temporary:
+        save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}, temporary)
+
+
+def _load_folder(folder: Path) -> tuple[Whisper, dict[str, int]]:
+    config = files.read_json(folder / "config.json")
+    try:
+        model = Whisper(ModelDimensions(**config["dims"]))
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        return model, config["language_tokens"]
+    except (KeyError, TypeError, OSError, RuntimeError) as error:
+        raise UserError(f"{folder}: not a whole Whisper model ({' '.join(str(error).split())[:300]})") from error
