@@ -1,0 +1,116 @@
+"""Building a model from settings, and its trained tensors on disk.
+
+A checkpoint holds only what was trained, as plain safetensors. The rest comes from the pretrained models and, for
+stage 2, from the stage-1 weights in the run's own `init` folder, so a run directory is all that decoding needs.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from zipperasr import config, files
+from zipperasr.adapters import AdapterSettings, adapt
+from zipperasr.data.tokenizer import load_tokenizer
+from zipperasr.errors import UserError
+from zipperasr.model import ModelSettings, RunSettings
+from zipperasr.model.encoder import ADAPTED, SpeechEncoder
+from zipperasr.model.llm import load_llm
+from zipperasr.model.projector import Projector
+from zipperasr.model.speech_llm import SpeechLLM, set_trainable, trainable_names
+from zipperasr.model.whisper_io import load_whisper
+
+FILE = "trainable.safetensors"
+
+
+def build(settings: ModelSettings, stage: int) -> SpeechLLM:
+    """A model from its pretrained parts in fp32 on the CPU, with what `stage` trains unfrozen.
+
+    Stage 1 has no adapter on the encoder, whatever the settings say. Fresh parameters come from torch's global seed.
+    Raises UserError when a part is missing.
+    """
+    whisper, language_tokens = load_whisper(settings.encoder.pretrained)
+    table = whisper.decoder.token_embedding.weight.detach()
+    language_embeddings = {lang: table[token].clone() for lang, token in language_tokens.items()}
+    encoder = SpeechEncoder(whisper.encoder, pad_to_30s=settings.encoder.pad_to_30s)
+    if stage == 2:
+        _adapt_encoder(encoder, settings.adapter, language_embeddings)
+    llm = load_llm(settings.llm)
+    projector = Projector(encoder.width, settings.projector.hidden_size or encoder.width, llm.config.hidden_size)
+    tokenizer = load_tokenizer(settings.llm.pretrained)
+    model = SpeechLLM(encoder, projector, llm, tokenizer, language_embeddings)
+    set_trainable(model, stage)
+    return model.eval()
+
+
+def load_run(run_dir: Path | str, step: int | None = None) -> SpeechLLM:
+    """The model that a run has trained, at `step` (its latest complete checkpoint by default).
+
+    Raises UserError when the run has no such checkpoint, or one that does not fit its config.yaml.
+    """
+    run_dir = Path(run_dir)
+    settings = config.load(run_dir / "config.yaml", RunSettings)
+    folder = find_checkpoint(run_dir, step)
+    model = build(settings.model, settings.stage)
+    if settings.stage == 2:
+        load_trainable(model, run_dir / "init", stage=1)
+    load_trainable(model, folder, stage=settings.stage)
+    return model
+
+
+def find_checkpoint(run_dir: Path | str, step: int | None = None) -> Path:
+    """The folder of a run's checkpoint at `step`, or of its latest complete one. Raises UserError if there is none."""
+    folders = Path(run_dir, "checkpoints").glob("step-*")
+    complete = {int(f.name[5:]): f for f in folders if (f / FILE).is_file() and (f / "state.json").is_file()}
+    if not complete:
+        raise UserError(f"{run_dir}: no complete checkpoint; train it first")
+    if step is not None and step not in complete:
+        raise UserError(f"{run_dir}: no checkpoint at step {step}; there are {', '.join(map(str, sorted(complete)))}")
+    return complete[max(complete) if step is None else step]
+
+
+def save_trainable(model: SpeechLLM, folder: Path | str) -> None:
+    """Write `trainable.safetensors`: the parameters that require gradients, under their own names."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    with files.beside(Path(folder) / FILE) as temporary:
+        save_file(tensors, temporary)
+
+
+def load_trainable(model: SpeechLLM, folder: Path | str, *, stage: int) -> None:
+    """Fill in what `stage` trains from `folder`. Raises UserError unless names and shapes fit exactly."""
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; train stage {stage} first")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: broken ({error}); delete it and train again") from error
+    parameters = dict(model.named_parameters())
+    expected = {name: parameters[name] for name in trainable_names(model, stage)}
+    _check_fit(path, tensors, expected)
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(tensors[name])
+
+
+def _check_fit(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    mend = "use the configuration that this checkpoint was trained with"
+    for word, names in (("lacks", expected.keys() - tensors.keys()), ("has unknown", tensors.keys() - expected.keys())):
+        if names:
+            raise UserError(f"{path}: {word} {len(names)} tensors, such as '{min(names)}'; {mend}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            shapes = f"{list(tensor.shape)}, but the model has {list(expected[name].shape)}"
+            raise UserError(f"{path}: tensor '{name}' has shape {shapes}; {mend}")
+
+
+def _adapt_encoder(encoder: SpeechEncoder, settings: AdapterSettings | None, embeddings: dict[str, Tensor]) -> None:
+    if settings is None or not settings.langs:
+        raise UserError("stage 2 needs model.adapter with its method and langs")
+    missing = [lang for lang in settings.langs if lang not in embeddings]
+    if missing:
+        raise UserError(f"model.adapter.langs: Whisper has no language token for {', '.join(missing)}")
+    rows = torch.stack([embeddings[lang] for lang in settings.langs])  # [L, E]
+    adapt(encoder, ADAPTED, settings, language_embeddings=rows)

@@ -1,0 +1,137 @@
+"""The whole model: speech -> encoder -> projector -> LLM -> text (Eq. 1 to 5, arXiv:2603.17558).
+
+Legend: U utterances, F feature frames, S speech tokens, H LLM width.
+"""
+
+import copy
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from zipperasr.adapters.base import AdaptedLinear
+from zipperasr.model.encoder import SpeechEncoder
+from zipperasr.model.llm import lay_out, packed_hidden_states, token_losses
+from zipperasr.model.projector import Projector
+from zipperasr.prompts import Tokenizer
+
+
+class Batch(Protocol):
+    """What the forward pass reads of a batch; `zipperasr.data.packing.Batch` is one."""
+
+    features: list[Tensor]  # [F_u, bins]
+    langs: list[str]  # utterances of one language are neighbours
+    prompts: list[list[int]]
+    targets: list[list[int]]  # transcript and end-of-text
+    rows: list[int]  # packed row of each utterance
+    num_rows: int
+    weight: float  # 0.0 for a filler that must not count
+
+
+class LossOutput(NamedTuple):
+    """Token sums, so that a global batch is the plain sum of its parts."""
+
+    loss_sum: Tensor  # scalar with gradient
+    num_tokens: int
+    utt_loss: Tensor  # [U], detached
+    utt_tokens: Tensor  # [U]
+
+
+class SpeechLLM(nn.Module):
+    """A Whisper encoder, a projector and a decoder-only LLM."""
+
+    def __init__(
+        self,
+        encoder: SpeechEncoder,
+        projector: Projector,
+        llm: PreTrainedModel,
+        tokenizer: Tokenizer,
+        language_embeddings: dict[str, Tensor],
+    ):
+        super().__init__()
+        self.encoder, self.projector, self.llm = encoder, projector, llm
+        self.tokenizer = tokenizer
+        self.language_embeddings = language_embeddings  # rows of Whisper's token embedding, frozen
+
+    def speech_embeddings(
+        self, features: Sequence[Tensor], langs: Sequence[str], chunk_s: float | None = None
+    ) -> list[Tensor]:
+        """Features [F_u, bins] -> speech embeddings [S_u, H] of each utterance; S_u = ceil(ceil(F_u / 2) / 4)."""
+        return self.projector(*self.encoder(features, langs, chunk_s))
+
+    def embed(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Token embeddings [n, H] of each sequence of n token ids."""
+        table = self.llm.get_input_embeddings()
+        flat = torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.long, device=table.weight.device)
+        return list(table(flat).split([len(sequence) for sequence in ids]))
+
+    def decoder_inputs(
+        self, prompts: Sequence[Sequence[int]], speech: Sequence[Tensor], targets: Sequence[Sequence[int]] | None = None
+    ) -> list[Tensor]:
+        """What the LLM reads for each utterance: prompt, speech and, in training, the targets (Eq. 4)."""
+        parts = [self.embed(prompts), speech] + ([self.embed(targets)] if targets is not None else [])
+        return [torch.cat(utterance) for utterance in zip(*parts, strict=True)]
+
+    def forward(self, batch: Batch, chunk_s: float | None = None) -> LossOutput:
+        """The loss on each utterance's targets, as sums over tokens. Independent of packing and neighbours."""
+        speech = self.speech_embeddings(batch.features, batch.langs, chunk_s)
+        inputs = self.decoder_inputs(batch.prompts, speech, batch.targets)
+        layout = lay_out([len(x) for x in inputs], batch.rows, batch.num_rows)
+        hidden = packed_hidden_states(self.llm, inputs, layout)
+
+        num_targets = [len(ids) for ids in batch.targets]
+        first = [start + len(x) - n - 1 for start, x, n in zip(layout.starts, inputs, num_targets, strict=True)]
+        predicting = torch.cat([torch.arange(f, f + n) for f, n in zip(first, num_targets, strict=True)])
+        targets = torch.tensor(list(itertools.chain.from_iterable(batch.targets)), device=hidden.device)
+        losses = token_losses(self.llm.lm_head, hidden[predicting.to(hidden.device)], targets)  # [P]
+
+        utt_tokens = torch.tensor(num_targets, device=losses.device)
+        utterance = torch.arange(len(num_targets), device=losses.device).repeat_interleave(utt_tokens)
+        utt_loss = losses.new_zeros(len(num_targets)).index_add(0, utterance, losses.detach())
+        return LossOutput(
+            losses.sum() * batch.weight,
+            int(sum(num_targets) * batch.weight),
+            utt_loss * batch.weight,
+            (utt_tokens * batch.weight).long(),
+        )
+
+    def merged(self, lang: str | None = None) -> "SpeechLLM":
+        """This model for one language, with plain linear layers; all tensors without an adapter are shared."""
+        shared = [*self.parameters(), *self.buffers(), *self.language_embeddings.values(), self.tokenizer]
+        adapted = [module for module in self.modules() if isinstance(module, AdaptedLinear)]
+        memo = {id(thing): thing for thing in shared} | {id(module): module.merged(lang) for module in adapted}
+        return copy.deepcopy(self, memo)
+
+
+def trainable_names(model: SpeechLLM, stage: int) -> list[str]:
+    """Names of the parameters that a stage trains (section IV-F of arXiv:2603.17558).
+
+    Stage 1: encoder, projector, LLM LoRA. Stage 2: encoder adapters, projector, LLM LoRA.
+    """
+    adapters = {
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if isinstance(module, AdaptedLinear)
+        for parameter, _ in module.named_parameters()
+        if parameter not in ("weight", "bias")
+    }
+    trains = {
+        "encoder": lambda name: (name in adapters) == (stage == 2),
+        "projector": lambda name: True,
+        "llm": lambda name: name in adapters,
+    }
+    return [name for name, _ in model.named_parameters() if trains[name.partition(".")[0]](name)]
+
+
+def set_trainable(model: SpeechLLM, stage: int) -> list[str]:
+    """Freeze everything but what the stage trains, and return the names of that."""
+    names = trainable_names(model, stage)
+    parts = {name.partition(".")[0] for name in names}
+    assert parts == {"encoder", "projector", "llm"}, f"stage {stage} would train only {sorted(parts)}"
+    wanted = set(names)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in wanted)
+    return names
