@@ -28,7 +28,6 @@ class Batch(Protocol):
     targets: list[list[int]]  # transcript and end-of-text
     rows: list[int]  # packed row of each utterance
     num_rows: int
-    weight: float  # 0.0 for a filler that must not count
 
 
 class LossOutput(NamedTuple):
@@ -91,12 +90,7 @@ class SpeechLLM(nn.Module):
         utt_tokens = torch.tensor(num_targets, device=losses.device)
         utterance = torch.arange(len(num_targets), device=losses.device).repeat_interleave(utt_tokens)
         utt_loss = losses.new_zeros(len(num_targets)).index_add(0, utterance, losses.detach())
-        return LossOutput(
-            losses.sum() * batch.weight,
-            int(sum(num_targets) * batch.weight),
-            utt_loss * batch.weight,
-            (utt_tokens * batch.weight).long(),
-        )
+        return LossOutput(losses.sum(), sum(num_targets), utt_loss, utt_tokens)
 
     def merged(self, lang: str | None = None) -> "SpeechLLM":
         """This model for one language, with plain linear layers; all tensors without an adapter are shared."""
