@@ -27,14 +27,15 @@ S = TypeVar("S", bound=Settings)
 def load(path: Path | str, cls: type[S], *, overrides: Iterable[str] = (), section: str | None = None) -> S:
     """The settings in a YAML file, as an instance of `cls`.
 
-    `overrides` are `a.b.c=value` strings, the value read as YAML. `section` takes one top-level key of the file.
+    `overrides` are `a.b.c=value` strings, the value read as YAML. `section` takes one top-level key of the file
+    (where it is not there: the defaults).
     A top-level `base: other.yaml` is read first, relative to the file, and this file's keys are laid over it.
     Raises UserError for a missing file, bad YAML, unknown keys (the known ones are listed) and wrong values.
     """
     tree = _read(Path(path))
     for override in overrides:
         _set(tree, override)
-    return parse(tree[section] if section else tree, cls, source=str(path))
+    return parse(tree.get(section) or {} if section else tree, cls, source=str(path))
 
 
 def parse(tree: dict[str, Any], cls: type[S], *, source: str) -> S:
@@ -88,7 +89,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
 def _explain(cls: type[BaseModel], source: str, item: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] != "extra_forbidden":
-        return f"{source}: {where}: {item['msg']} (got {item.get('input')!r})"
+        return f"{source}: {where}: {item['msg'].removeprefix('Value error, ')} (got {item.get('input')!r})"
     owner = _model_at(cls, item["loc"][:-1])
     known = ", ".join(sorted(owner.model_fields)) if owner else "none"
     return f"{source}: unknown key '{where}'; known here: {known}"

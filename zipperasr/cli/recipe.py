@@ -10,6 +10,7 @@ from zipperasr.data import DataSettings
 from zipperasr.decoding import DecodingSettings
 from zipperasr.errors import UserError
 from zipperasr.model import ModelSettings
+from zipperasr.reporting import ReportSettings
 from zipperasr.scoring import ScoringSettings
 from zipperasr.training import TrainingSettings
 
@@ -32,6 +33,7 @@ class Config(Settings):
     training: TrainingSettings
     decoding: DecodingSettings = DecodingSettings()
     scoring: ScoringSettings = ScoringSettings()
+    report: ReportSettings = ReportSettings()
 
 
 def load(path: Path | str, *, overrides: Iterable[str] = ()) -> Config:

@@ -1,0 +1,149 @@
+#!/usr/bin/env bash
+# Usage: ./run.sh [options]
+#
+# Multilingual speech recognition in twelve languages with Zipper-LoRA (arXiv:2603.17558), from corpora to tables:
+#   0 corpora and pretrained models    3 features            6 Stage-2 training
+#   1 manifests                        4 Stage-1 training    7 Stage-2 decoding and scoring
+#   2 utterance lists                  5 its decoding        8 tables and figures
+# Every stage skips what is complete and takes up what was interrupted. Relative paths start where you are.
+
+set -euo pipefail
+
+stage=0             # first stage
+stop_stage=8        # last stage
+conf=mini           # mini, paper, paper_30h (conf/<name>.yaml), or a YAML file of your own
+method=zipper_soft  # encoder adapter of Stage 2: one, several as vanilla,zipper_soft, or all
+encoder=full        # context of the encoder: full or chunked
+data_dir=           # corpora, manifests, lists, features (default: data; data/paper for the paper's)
+exp_dir=            # runs and report (default: exp/<conf>)
+ngpu=               # GPUs (default: 1 if there is any, else 0)
+nj=                 # parallel jobs (default: one per core)
+
+here=$(dirname "$(readlink -f "$0")")
+. "$here/utils/parse_options.sh"
+
+fail() {
+  echo "run.sh: $*" >&2
+  exit 1
+}
+absolute() { case $1 in '' | /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
+
+[ $# -eq 0 ] || fail "unexpected argument '$1'; options begin with -- (see --help)"
+for number in "$stage" "$stop_stage"; do
+  [[ $number =~ ^[0-8]$ ]] || fail "unknown stage '$number'; stages are 0 to 8 (see --help)"
+done
+((stage <= stop_stage)) || fail "--stage $stage comes after --stop-stage $stop_stage"
+[[ $encoder =~ ^(full|chunked)$ ]] || fail "unknown encoder '$encoder'; known: full, chunked"
+: "${ngpu:=$(nvidia-smi --list-gpus 2>/dev/null | head -n 1 | wc -l)}" "${nj:=$(env -u OMP_NUM_THREADS nproc)}"
+[[ $ngpu =~ ^[0-9]+$ ]] || fail "--ngpu '$ngpu' is not a number"
+[[ $nj =~ ^[1-9][0-9]*$ ]] || fail "--nj '$nj' is not a number of jobs"
+if [ -f "$here/conf/$conf.yaml" ]; then
+  conf=$here/conf/$conf.yaml
+else
+  [ -f "$conf" ] || fail "no configuration '$conf'; give a file, or one of: $(cd "$here/conf" && echo *.yaml)"
+  conf=$(absolute "$conf")
+fi
+name=$(basename "$conf" .yaml)
+data_dir=$(absolute "$data_dir")
+exp_dir=$(absolute "$exp_dir")
+
+cd "$here"
+. ./path.sh
+case $name in mini) : "${data_dir:=data}" ;; *) : "${data_dir:=data/${name%%_*}}" ;; esac
+: "${exp_dir:=exp/$name}"
+[ "$ngpu" -gt 0 ] || export CUDA_VISIBLE_DEVICES=
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}  # for training; where jobs run in parallel each takes one
+methods=${method//,/ }
+[ "$method" != all ] || methods=$(zipperasr show methods --conf "$conf")
+for method in $methods; do
+  zipperasr check-config --conf "$conf" "model.adapter.method=$method" >/dev/null
+done
+mapfile -t sets < <(zipperasr show sets --conf "$conf")
+mkdir -p "$exp_dir"
+
+begin() {  # <stage> <title>: ends the stage before and says whether this one is wanted
+  end
+  ((stage <= $1 && $1 <= stop_stage)) || return
+  current=$1 title=$2 started=$SECONDS
+  echo "stage $1: $2"
+}
+
+end() {
+  [ -n "${current:-}" ] || return 0
+  printf '%s\t%s\t%s\n' "$current" "$title" $((SECONDS - started)) >>"$exp_dir/times.tsv"
+  echo "stage $current: done in $((SECONDS - started)) s"
+  current=
+}
+
+train() {  # <stage 1 or 2> <run> [option ...]
+  local launcher=(python)
+  [ "$ngpu" -le 1 ] || launcher=(torchrun --standalone --nproc-per-node "$ngpu")
+  "${launcher[@]}" -m zipperasr.cli train --conf "$conf" --stage "$1" --run-dir "$exp_dir/$2" --data-dir "$data_dir" \
+    "${@:3}" "model.encoder.context=$encoder"
+}
+
+decode_and_score() {  # <run>
+  local run=$exp_dir/$1
+  OMP_NUM_THREADS=1 zipperasr decode --run-dir "$run" --data-dir "$data_dir" --nj "$nj" --sets "${sets[@]}"
+  local/score.sh "${sets[@]/#/$run/decode_}"
+}
+
+if begin 0 "corpora and pretrained models"; then
+  corpora=$(zipperasr show corpora --conf "$conf")
+  synthetic=$(awk '$3 == "synthetic" { print $1 }' <<<"$corpora")
+  real=$(awk '$3 == "real" { print $1 }' <<<"$corpora")
+  # shellcheck disable=SC2086
+  [ -z "$synthetic" ] || python local/make_mini.py --out "$data_dir/corpora" --corpora $synthetic --nj "$nj"
+  # shellcheck disable=SC2086
+  [ -z "$real" ] || local/download.sh "$data_dir/corpora" $real
+  for model in $(zipperasr show pretrained --conf "$conf"); do
+    [[ $model != pretrained/* || -d $model ]] || fail "$here/$model is not there; get it back with git checkout"
+  done
+fi
+
+if begin 1 "manifests"; then
+  zipperasr show corpora --conf "$conf" | while read -r corpus prepare _ langs; do
+    # shellcheck disable=SC2086
+    python "local/prepare_$prepare.py" --corpus "$corpus" --corpus-dir "$data_dir/corpora/$corpus" --langs $langs \
+      --out "$data_dir/manifests" --nj "$nj"
+  done
+  zipperasr validate --conf "$conf" --data-dir "$data_dir" --nj "$nj"
+fi
+
+if begin 2 "utterance lists"; then
+  zipperasr lists --conf "$conf" --data-dir "$data_dir"
+fi
+
+if begin 3 "features"; then
+  OMP_NUM_THREADS=1 zipperasr features --conf "$conf" --data-dir "$data_dir" --nj "$nj"
+fi
+
+if begin 4 "Stage-1 training"; then
+  train 1 "stage1_$encoder"
+fi
+
+if begin 5 "Stage-1 decoding and scoring"; then
+  decode_and_score "stage1_$encoder"
+fi
+
+if begin 6 "Stage-2 training"; then
+  for method in $methods; do
+    train 2 "${method}_$encoder" --init "$exp_dir/stage1_$encoder" "model.adapter.method=$method"
+  done
+fi
+
+if begin 7 "Stage-2 decoding and scoring"; then
+  for method in $methods; do
+    decode_and_score "${method}_$encoder"
+  done
+fi
+
+if begin 8 "tables and figures"; then
+  zipperasr report --exp-dir "$exp_dir" --out "$exp_dir/report"
+fi
+
+end
+echo "seconds of each stage (kept in $exp_dir/times.tsv):"
+tail -n $((stop_stage - stage + 1)) "$exp_dir/times.tsv" | awk -F '\t' '
+  { printf "  %s  %-32s %6d\n", $1, $2, $3; all += $3 }
+  END { printf "  %-35s %6d\n", "all", all }'
