@@ -1,11 +1,15 @@
-"""The Speech-LLM: encoder, projector, LLM, their assembly and checkpoints. Here: its settings."""
+"""The Speech-LLM: encoder, projector, LLM, their assembly and checkpoints. Here: its settings, without torch."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
 from zipperasr.adapters import AdapterSettings
 from zipperasr.config import Settings
+from zipperasr.errors import UserError
+
+WEIGHTS = "trainable.safetensors"
 
 Seconds = Annotated[float, Field(gt=0, le=30)]
 
@@ -56,3 +60,14 @@ class RunSettings(Settings):
 
     stage: Literal[1, 2]
     model: ModelSettings
+
+
+def find_checkpoint(run_dir: Path | str, step: int | None = None) -> Path:
+    """The folder of a run's checkpoint at `step`, or of its latest complete one. Raises UserError if there is none."""
+    folders = Path(run_dir, "checkpoints").glob("step-*")
+    complete = {int(f.name[5:]): f for f in folders if (f / WEIGHTS).is_file() and (f / "state.json").is_file()}
+    if not complete:
+        raise UserError(f"{run_dir}: no complete checkpoint; train it first")
+    if step is not None and step not in complete:
+        raise UserError(f"{run_dir}: no checkpoint at step {step}; there are {', '.join(map(str, sorted(complete)))}")
+    return complete[max(complete) if step is None else step]

@@ -15,14 +15,12 @@ from zipperasr import config, files
 from zipperasr.adapters import AdapterSettings, adapt
 from zipperasr.data.tokenizer import load_tokenizer
 from zipperasr.errors import UserError
-from zipperasr.model import ModelSettings, RunSettings
+from zipperasr.model import WEIGHTS, ModelSettings, RunSettings, find_checkpoint
 from zipperasr.model.encoder import ADAPTED, SpeechEncoder
 from zipperasr.model.llm import load_llm
 from zipperasr.model.projector import Projector
 from zipperasr.model.speech_llm import SpeechLLM, set_trainable, trainable_names
 from zipperasr.model.whisper_io import load_whisper
-
-FILE = "trainable.safetensors"
 
 
 def build(settings: ModelSettings, stage: int) -> SpeechLLM:
@@ -60,27 +58,16 @@ def load_run(run_dir: Path | str, step: int | None = None) -> SpeechLLM:
     return model
 
 
-def find_checkpoint(run_dir: Path | str, step: int | None = None) -> Path:
-    """The folder of a run's checkpoint at `step`, or of its latest complete one. Raises UserError if there is none."""
-    folders = Path(run_dir, "checkpoints").glob("step-*")
-    complete = {int(f.name[5:]): f for f in folders if (f / FILE).is_file() and (f / "state.json").is_file()}
-    if not complete:
-        raise UserError(f"{run_dir}: no complete checkpoint; train it first")
-    if step is not None and step not in complete:
-        raise UserError(f"{run_dir}: no checkpoint at step {step}; there are {', '.join(map(str, sorted(complete)))}")
-    return complete[max(complete) if step is None else step]
-
-
 def save_trainable(model: SpeechLLM, folder: Path | str) -> None:
     """Write `trainable.safetensors`: the parameters that require gradients, under their own names."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    with files.beside(Path(folder) / FILE) as temporary:
+    with files.beside(Path(folder) / WEIGHTS) as temporary:
         save_file(tensors, temporary)
 
 
 def load_trainable(model: SpeechLLM, folder: Path | str, *, stage: int) -> None:
     """Fill in what `stage` trains from `folder`. Raises UserError unless names and shapes fit exactly."""
-    path = Path(folder) / FILE
+    path = Path(folder) / WEIGHTS
     if not path.is_file():
         raise UserError(f"{path}: no such file; train stage {stage} first")
     try:
