@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import cn2an
 from babel import Locale
+from babel.units import get_unit_name
 from mini_speech import PARTS, seed_of, speakable
 from num2words import num2words
 
@@ -92,11 +93,10 @@ def names(lang: str) -> list[str]:
 def _cldr_names(lang: str) -> list[str]:
     locale = Locale(lang)
     months, days = locale.months["format"]["wide"], locale.days["format"]["wide"]
-    units = locale._data["unit_display_names"]
     everything = [
         *(months[key] for key in sorted(months)),
         *(days[key] for key in sorted(days)),
-        *(units.get(key, {}).get("long") for key in UNITS),
+        *(get_unit_name(key, locale=locale) for key in UNITS),
         *(locale.territories.get(key) for key in TERRITORIES),
         *(locale.languages.get(key) for key in LANGUAGES),
         *(locale.currencies.get(key) for key in CURRENCIES),
@@ -104,6 +104,7 @@ def _cldr_names(lang: str) -> list[str]:
     return [name for name in everything if name]
 
 
+@functools.cache
 def number_words(lang: str, number: int) -> str:
     """A cardinal number from 0 to 99 in words."""
     if lang == "zh":

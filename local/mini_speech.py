@@ -225,13 +225,19 @@ def _reverberate(audio: np.ndarray, style: Style, rng: np.random.Generator) -> n
     time = np.arange(1, int(rt60 * SAMPLE_RATE)) / SAMPLE_RATE
     tail = rng.standard_normal(len(time)) * 10 ** (-3 * time / rt60)
     tail *= np.sqrt(style.wet * rng.uniform(0.3, 1.0) / np.sum(tail**2))
-    size = 2 ** (len(audio) + len(tail)).bit_length()
+    size = _fft_size(len(audio) + len(tail))
     spectrum = np.fft.rfft(audio, size) * np.fft.rfft(np.concatenate([[1.0], tail]), size)
     return np.fft.irfft(spectrum, size)[: len(audio) + SAMPLE_RATE // 20]
 
 
 def _filter(audio: np.ndarray, low_hz: float, high_hz: float) -> np.ndarray:
     """`audio` damped by 12 dB an octave below `low_hz` and 6 dB an octave above `high_hz`."""
-    frequency = np.fft.rfftfreq(len(audio), 1 / SAMPLE_RATE)
+    size = _fft_size(len(audio))
+    frequency = np.fft.rfftfreq(size, 1 / SAMPLE_RATE)
     gain = 1 / np.sqrt(1 + (frequency / high_hz) ** 2) / (1 + (low_hz / np.maximum(frequency, 1.0)) ** 2)
-    return np.fft.irfft(np.fft.rfft(audio) * gain, len(audio))
+    return np.fft.irfft(np.fft.rfft(audio, size) * gain, size)[: len(audio)]
+
+
+def _fft_size(length: int) -> int:
+    """The next power of two: transforms of other lengths may take ten times as long."""
+    return 1 << (length - 1).bit_length()
