@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import whisper
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from whisper.model import ModelDimensions, Whisper
 from whisper.tokenizer import get_tokenizer
@@ -46,5 +47,5 @@ def _load_folder(folder: Path) -> tuple[Whisper, dict[str, int]]:
         model = Whisper(ModelDimensions(**config["dims"]))
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return model, config["language_tokens"]
-    except (KeyError, TypeError, OSError, RuntimeError) as error:
+    except (KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: not a whole Whisper model ({' '.join(str(error).split())[:300]})") from error

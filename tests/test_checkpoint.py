@@ -1,0 +1,166 @@
+"""Runs on disk: what is written is what is read, and what does not fit says so."""
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from zipperasr import config, files
+from zipperasr.errors import UserError
+from zipperasr.model import RunSettings, checkpoint
+from zipperasr.model.whisper_io import load_whisper, save_whisper
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return tiny.make_pretrained(tmp_path_factory.mktemp("pretrained"))
+
+
+def trained(settings, stage, init=None):
+    """A model with random values in everything the stage trains."""
+    model = checkpoint.build(settings, stage)
+    if init:
+        checkpoint.load_trainable(model, init, stage=1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    return model
+
+
+def save_run(run_dir, settings, stage, model, step=1):
+    config.save(run_dir / "config.yaml", RunSettings(stage=stage, model=settings))
+    folder = run_dir / "checkpoints" / f"step-{step}"
+    checkpoint.save_trainable(model, folder)
+    files.write_json(folder / "state.json", {})
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, paths):
+    """A stage-2 run directory and its model, whose encoder is that of a stage-1 run."""
+    torch.manual_seed(0)
+    checkpoint.save_trainable(trained(tiny.settings(paths, method=None), 1), tmp_path / "init")
+    settings = tiny.settings(paths)
+    model = trained(settings, 2, init=tmp_path / "init")
+    save_run(tmp_path, settings, 2, model)
+    return tmp_path, model
+
+
+def test_a_stage_1_run_is_read_as_it_was_written(tmp_path, paths):
+    settings = tiny.settings(paths, method=None)
+    model = trained(settings, 1)
+    save_run(tmp_path, settings, 1, model)
+    assert_same(checkpoint.load_run(tmp_path), model)
+
+
+def test_a_stage_2_run_directory_is_all_that_loading_needs(run):
+    run_dir, model = run
+    loaded = checkpoint.load_run(run_dir)
+    assert_same(loaded, model)
+    assert loaded.encoder.blocks[0].attn.query.weight.std() > 0.5, "the encoder is that of stage 1, not Whisper's"
+
+
+def assert_same(a, b):
+    b = dict(b.named_parameters())
+    for name, parameter in a.named_parameters():
+        assert torch.equal(parameter, b[name]) and parameter.requires_grad == b[name].requires_grad, name
+
+
+def test_a_checkpoint_holds_exactly_what_was_trained(run):
+    run_dir, model = run
+    tensors = load_file(run_dir / "checkpoints" / "step-1" / checkpoint.WEIGHTS)
+    assert tensors.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_the_latest_complete_checkpoint_is_loaded(run):
+    run_dir, model = run
+    with torch.no_grad():
+        model.projector.out.bias.fill_(7)
+    settings = config.load(run_dir / "config.yaml", RunSettings)
+    save_run(run_dir, settings.model, 2, model, step=10)
+    checkpoint.save_trainable(model, run_dir / "checkpoints" / "step-20")  # killed before its state was written
+    assert checkpoint.find_checkpoint(run_dir).name == "step-10"
+    assert checkpoint.load_run(run_dir).projector.out.bias.eq(7).all()
+    assert not checkpoint.load_run(run_dir, step=1).projector.out.bias.eq(7).any()
+    with pytest.raises(UserError, match="no checkpoint at step 20; there are 1, 10"):
+        checkpoint.load_run(run_dir, step=20)
+
+
+def test_a_run_without_checkpoints_says_so(tmp_path, paths):
+    config.save(tmp_path / "config.yaml", RunSettings(stage=1, model=tiny.settings(paths)))
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        checkpoint.load_run(tmp_path)
+
+
+def test_stage_2_without_its_init_says_so(run):
+    (run[0] / "init" / checkpoint.WEIGHTS).unlink()
+    with pytest.raises(UserError, match=r"init.*no such file; train stage 1 first"):
+        checkpoint.load_run(run[0])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rank": 8}, r"tensor '.*' has shape \[.*\], but the model has \[.*\]"),
+        ({"langs": ["de", "th", "ja"]}, r"lacks 12 tensors, such as '.*B_spec.ja'"),
+        ({"langs": ["de"]}, r"has unknown 12 tensors, such as '.*B_spec.th'"),
+        ({"method": "vanilla"}, r"lacks 12 tensors, such as 'encoder.*\.B'"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_the_configuration_is_named(run, paths, change, message):
+    model = checkpoint.build(tiny.settings(paths, **change), 2)
+    with pytest.raises(UserError, match=message + ".*; use the configuration"):
+        checkpoint.load_trainable(model, run[0] / "checkpoints" / "step-1", stage=2)
+
+
+def test_a_truncated_checkpoint_is_named(run):
+    path = run[0] / "checkpoints" / "step-1" / checkpoint.WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"step-1.*broken"):
+        checkpoint.load_run(run[0])
+
+
+def test_stage_2_needs_an_adapter_and_languages_that_whisper_knows(paths):
+    for settings in (tiny.settings(paths, method=None), tiny.settings(paths, langs=[])):
+        with pytest.raises(UserError, match=r"stage 2 needs model.adapter"):
+            checkpoint.build(settings, 2)
+    with pytest.raises(UserError, match="no language token for xx"):
+        checkpoint.build(tiny.settings(paths, langs=["de", "xx"]), 2)
+
+
+def test_whisper_is_read_as_it_was_written_to_the_rounding_of_its_dtype(tmp_path, paths):
+    model, tokens = load_whisper(str(paths.whisper))
+    save_whisper(tmp_path / "again", model, tokens)
+    again, same_tokens = load_whisper(str(tmp_path / "again"))
+    assert tokens == same_tokens and model.dims == again.dims
+    for name, tensor in again.state_dict().items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_openai_whispers_own_checkpoint_file_is_read_in_fp32(tmp_path):
+    torch.manual_seed(0)
+    whisper = tiny.make_whisper()
+    dims = vars(whisper.dims)
+    torch.save({"dims": dims, "model_state_dict": whisper.half().state_dict()}, tmp_path / "tiny.pt")
+    loaded, _ = load_whisper(str(tmp_path / "tiny.pt"))
+    assert torch.equal(loaded.encoder.conv1.weight, whisper.encoder.conv1.weight.float())
+
+
+@pytest.mark.parametrize("damage", ["name", "config", "weights"])
+def test_a_whisper_that_is_not_there_or_not_whole_is_named(tmp_path, damage):
+    folder = tmp_path / "whisper"
+    if damage != "name":
+        save_whisper(folder, tiny.make_whisper(), {})
+    if damage == "config":
+        files.write_json(folder / "config.json", {"dims": {"n_mels": 80}})
+    if damage == "weights":
+        (folder / "model.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(UserError, match=str(folder)):
+        load_whisper(str(folder))
+
+
+def test_an_llm_that_is_not_there_is_named(tmp_path, paths):
+    settings = tiny.settings(paths._replace(lm=tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"nowhere.*model.llm.pretrained"):
+        checkpoint.build(settings, 2)
