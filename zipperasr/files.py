@@ -76,15 +76,15 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def is_done(directory: Path | str, key: str) -> bool:
-    """Whether `directory` was finished (`mark_done`) with the same `key`."""
-    marker = Path(directory) / ".done"
+def is_done(directory: Path | str, key: str, *, name: str = ".done") -> bool:
+    """Whether `directory` was finished (`mark_done`) with the same `key`; `name` tells apart what shares a directory."""
+    marker = Path(directory) / name
     return marker.is_file() and marker.read_text() == key
 
 
-def mark_done(directory: Path | str, key: str) -> None:
+def mark_done(directory: Path | str, key: str, *, name: str = ".done") -> None:
     """Record that everything in `directory` is complete for `key`."""
-    with write(Path(directory) / ".done") as stream:
+    with write(Path(directory) / name) as stream:
         stream.write(key)
 
 

@@ -1,0 +1,125 @@
+"""Audio files: what they hold, whether they are whole, and their samples as Whisper wants them (16 kHz, mono).
+
+C channels, T samples.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import soundfile
+
+from zipperasr.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from lhotse.cut import Cut
+
+SAMPLE_RATE = 16000
+TOLERANCE_S = 0.04
+"""MP3 headers may promise up to one frame (1152 samples) more than decoders give; it is filled with silence."""
+_TAIL_S = 0.1
+_UNKNOWN_LENGTH = 0x7FFF0000  # a WAV header written to a pipe claims about this many bytes, or more
+_DECLARED = re.compile(r"\b(?:data|SSND) : (\d+) \(should be (\d+)\)")
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What a file holds: its sampling rate in Hz, number of samples (of one channel) and number of channels."""
+
+    sampling_rate: int
+    num_samples: int
+    num_channels: int
+
+
+class BadAudio(Exception):
+    """A file that cannot be used: `kind` is `missing audio`, `unreadable audio` or `truncated audio`."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(kind, detail)
+        self.kind, self.detail = kind, detail
+
+
+def probe(path: str) -> AudioInfo:
+    """The properties of an audio file of any codec that libsndfile reads, without decoding more than its end.
+
+    Raises BadAudio when the file is missing, unreadable, or ends before the audio its header declares.
+    """
+    if not Path(path).is_file():
+        raise BadAudio("missing audio", f"{path}: no such file")
+    try:
+        file = soundfile.SoundFile(path)
+    except soundfile.SoundFileError as error:
+        raise BadAudio("unreadable audio", f"{path}: {error.error_string}") from error
+    with file:
+        tail = min(file.frames, int(_TAIL_S * file.samplerate))
+        try:
+            file.seek(file.frames - tail)
+            missing = tail - len(file.read(tail))
+        except soundfile.SoundFileError:
+            missing = file.frames
+        if missing > TOLERANCE_S * file.samplerate or _is_cut(file):
+            raise BadAudio("truncated audio", f"{path}: ends before the audio that its header declares")
+        return AudioInfo(file.samplerate, file.frames, file.channels)
+
+
+def _is_cut(file: soundfile.SoundFile) -> bool:
+    """Whether a container ends too early where libsndfile makes do with what is there: RIFF, AIFF and Ogg."""
+    if file.format == "OGG":
+        return not _has_last_page(file.name)
+    declared = _DECLARED.search(file.extra_info)
+    return declared is not None and int(declared[2]) < int(declared[1]) < _UNKNOWN_LENGTH
+
+
+def _has_last_page(path: str) -> bool:
+    """Whether an Ogg file ends with a whole page that carries the end-of-stream flag (RFC 3533, section 6)."""
+    with open(path, "rb") as stream:
+        stream.seek(max(0, Path(path).stat().st_size - 2**16))
+        page = stream.read()
+    page = page[max(0, page.rfind(b"OggS")) :]
+    if len(page) < 27 or not page[5] & 4:
+        return False
+    num_segments = page[26]
+    return len(page) >= 27 + num_segments + sum(page[27 : 27 + num_segments])
+
+
+def num_samples(duration_s: float) -> int:
+    """Samples at 16 kHz of a cut's duration, rounded as Lhotse rounds."""
+    from lhotse.utils import compute_num_samples
+
+    return compute_num_samples(duration_s, SAMPLE_RATE)
+
+
+def load_audio(cut: Cut) -> np.ndarray:
+    """The samples of a cut, float32 [num_samples(cut.duration)]: channels averaged, resampled to 16 kHz.
+
+    Lhotse reads and resamples (torchaudio is not needed), but its tolerance of half a second is not used: it would fill
+    a truncated file with repeated audio. Raises UserError naming the cut when its audio is not all there.
+    """
+    import numpy as np
+    from lhotse.audio import AudioLoadingError
+    from lhotse.augmentation import Resample
+    from lhotse.utils import compute_num_samples
+
+    recording = cut.recording
+    (source,) = recording.sources
+    rate = recording.sampling_rate
+    what = f"cut '{cut.id}': {source.source}"
+    try:
+        samples = source.load_audio(offset=cut.start, duration=cut.duration, force_opus_sampling_rate=rate)  # [C, T]
+    except (AudioLoadingError, OSError, RuntimeError) as error:
+        raise UserError(f"{what} cannot be read; run stage 1 again, which names the defect") from error
+    expected = compute_num_samples(cut.duration, rate)
+    if abs(samples.shape[1] - expected) > TOLERANCE_S * rate:
+        raise UserError(
+            f"{what} holds {samples.shape[1]} samples, not {expected} as its manifest says; run stage 1 again"
+        )
+    channels = cut.channel if isinstance(cut.channel, list) else [cut.channel]
+    mono = samples[[source.channels.index(channel) for channel in channels]].mean(axis=0, keepdims=True)  # [1, T]
+    if rate != SAMPLE_RATE:
+        mono = Resample(rate, SAMPLE_RATE)(mono, rate)
+    length = num_samples(cut.duration)
+    return np.pad(mono[0, :length], (0, max(0, length - mono.shape[1])))
