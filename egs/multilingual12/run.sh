@@ -59,19 +59,22 @@ for method in $methods; do
   zipperasr check-config --conf "$conf" "model.adapter.method=$method" >/dev/null
 done
 mapfile -t sets < <(zipperasr show sets --conf "$conf")
-mkdir -p "$exp_dir"
+mkdir -p "$exp_dir/log"
+exec 3>&1
 
-begin() {  # <stage> <title>: ends the stage before and says whether this one is wanted
+begin() {  # <stage> <title>: ends the stage before and says whether this one is wanted; its output goes to a log
   end
   ((stage <= $1 && $1 <= stop_stage)) || return
   current=$1 title=$2 started=$SECONDS
-  echo "stage $1: $2"
+  echo "stage $1: $2 (log: $exp_dir/log/stage$1.log)"
+  exec >>"$exp_dir/log/stage$1.log"
 }
 
 end() {
+  exec >&3
   [ -n "${current:-}" ] || return 0
-  printf '%s\t%s\t%s\n' "$current" "$title" $((SECONDS - started)) >>"$exp_dir/times.tsv"
   echo "stage $current: done in $((SECONDS - started)) s"
+  printf '%s\t%s\t%s\n' "$current" "$title" $((SECONDS - started)) >>"$exp_dir/times.tsv"
   current=
 }
 
@@ -139,7 +142,7 @@ if begin 7 "Stage-2 decoding and scoring"; then
 fi
 
 if begin 8 "tables and figures"; then
-  zipperasr report --exp-dir "$exp_dir" --out "$exp_dir/report"
+  zipperasr report --exp-dir "$exp_dir" --out "$exp_dir/report" >&3
 fi
 
 end
