@@ -44,7 +44,9 @@ def make_whisper(num_mel_bins: int = 80, n_audio_ctx: int = 1500) -> Whisper:
     dims = ModelDimensions(
         num_mel_bins, n_audio_ctx, 16, 2, 2, n_vocab=32, n_text_ctx=8, n_text_state=16, n_text_head=2, n_text_layer=1
     )
-    return Whisper(dims).eval()
+    model = Whisper(dims)
+    torch.nn.init.normal_(model.decoder.positional_embedding, std=0.01)  # openai-whisper leaves it uninitialised
+    return model.eval()
 
 
 def make_lm(vocab_size: int, eos_id: int) -> Qwen3ForCausalLM:

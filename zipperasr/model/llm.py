@@ -44,7 +44,7 @@ class Rows:
     """Where the utterances of a batch lie in its rows."""
 
     index: Tensor  # [num_rows, S] into the utterances' tokens laid end to end; their number where a row is padded
-    position_ids: Tensor  # [num_rows, S], restarting at each utterance and at the padding
+    position_ids: Tensor  # [num_rows, S], restarting at each utterance; 0 on padding, where each token stands alone
     starts: list[int]  # [U] first token of each utterance, counted over all rows' S tokens
 
 
@@ -61,8 +61,6 @@ def lay_out(lengths: Sequence[int], rows: Sequence[int], num_rows: int) -> Rows:
         index[row, start : start + length] = torch.arange(offset, offset + length)
         position_ids[row, start : start + length] = torch.arange(length)
         offset += length
-    for row, end in enumerate(ends):
-        position_ids[row, end:] = torch.arange(max(ends) - end)
     return Rows(index, position_ids, [row * max(ends) + start for row, start in starts])
 
 
