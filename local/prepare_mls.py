@@ -43,17 +43,16 @@ def _transcripts(corpus_dir: Path, lang: str) -> list[Path]:
 
 
 def _clips(transcripts: Path, lang: str) -> Iterator[Clip]:
-    with open(transcripts, encoding="utf-8", newline="\n") as stream:
-        for number, line in enumerate(stream, start=1):
-            utt_id, _, text = line.strip("\r\n").partition("\t")
-            speaker, _, rest = utt_id.partition("_")
-            book, _, last = rest.rpartition("_")
-            if not (speaker and book and last):
-                raise UserError(f"{transcripts}:{number}: '{utt_id}' is not <speaker>_<book>_<number>; mend the line")
-            stem = transcripts.parent / "audio" / speaker / book / utt_id
-            paths = [stem.with_name(utt_id + suffix) for suffix in SUFFIXES]
-            path = next((path for path in paths if path.is_file()), paths[0])
-            yield Clip(utt_id, path, lang, text.strip(), speaker)
+    for number, line in enumerate(prepare.read_lines(transcripts), start=1):
+        utt_id, _, text = line.strip("\r\n").partition("\t")
+        speaker, _, rest = utt_id.partition("_")
+        book, _, last = rest.rpartition("_")
+        if not (speaker and book and last):
+            raise UserError(f"{transcripts}:{number}: '{utt_id}' is not <speaker>_<book>_<number>; mend the line")
+        stem = transcripts.parent / "audio" / speaker / book / utt_id
+        paths = [stem.with_name(utt_id + suffix) for suffix in SUFFIXES]
+        path = next((path for path in paths if path.is_file()), paths[0])
+        yield Clip(utt_id, path, lang, text.strip(), speaker)
 
 
 if __name__ == "__main__":

@@ -52,12 +52,8 @@ def _tables(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def _clips(tsv: Path) -> Iterator[Clip]:
-    with open(tsv, encoding="utf-8-sig", newline="") as stream:
-        rows = csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-        try:
-            yield from (_clip(tsv, rows.line_num, row) for row in rows)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{tsv}: not UTF-8 ({error}); convert it") from error
+    rows = csv.DictReader(prepare.read_lines(tsv), delimiter="\t", quoting=csv.QUOTE_NONE)
+    yield from (_clip(tsv, rows.line_num, row) for row in rows)
 
 
 def _clip(tsv: Path, line: int, row: dict[str, str]) -> Clip:

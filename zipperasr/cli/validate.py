@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     manifests.write_defects(table, report.defects)
     print(report.table())
     if report.fatal and args.drop:
-        manifests.drop(found, report.fatal)
+        manifests.drop(found, report)
         table.replace(directory / "dropped.tsv")
         print(f"dropped the utterances with fatal defects: {directory / 'dropped.tsv'}")
     elif report.fatal:

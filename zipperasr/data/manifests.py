@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,6 +133,7 @@ def validate(manifests: Mapping[str, Path], *, nj: int = 1) -> Report:
     Sets whose split begins with `train` may share neither ids nor audio with any other set; the training utterance has
     the defect. Raises UserError for a manifest that is missing, broken or empty.
     """
+    _check_audio.cache_clear()  # files may have changed since
     ordered = sorted(manifests, key=lambda name: (is_train(name), name))  # held-out sets first
     items = ((name, line, cut) for name in ordered for line, cut in enumerate(read(manifests[name]), start=1))
     durations_s: dict[str, list[float]] = {name: [] for name in sorted(manifests)}
@@ -152,27 +153,26 @@ def validate(manifests: Mapping[str, Path], *, nj: int = 1) -> Report:
     return Report(durations_s, sorted(defects, key=lambda d: (d.set, d.line)))
 
 
-def drop(manifests: Mapping[str, Path], defects: Sequence[Defect]) -> None:
-    """Write the manifests again without the utterances of fatal defects. Raises UserError if nothing would be left."""
+def drop(manifests: Mapping[str, Path], report: Report) -> None:
+    """Write the manifests again without the utterances of fatal defects. Raises UserError if a set would be empty."""
     lines = collections.defaultdict(set)
-    for defect in defects:
-        if defect.is_fatal:
-            lines[defect.set].add(defect.line)
+    for defect in report.fatal:
+        lines[defect.set].add(defect.line)
     for name, dropped in lines.items():
-        kept = [cut for line, cut in enumerate(read(manifests[name]), start=1) if line not in dropped]
-        if not kept:
+        if len(dropped) == len(report.durations_s[name]):
             raise UserError(f"{manifests[name]}: every utterance is defective; check the corpus it was prepared from")
-        write(manifests[name], kept)
+    for name, dropped in lines.items():
+        write(manifests[name], [cut for line, cut in enumerate(read(manifests[name]), start=1) if line not in dropped])
 
 
 def fingerprint(manifests: Mapping[str, Path]) -> str:
     """Stands for manifests and for the sizes and times of the audio files that they name."""
-    paths = (cut["recording"]["sources"][0]["source"] for path in manifests.values() for cut in read(path))
+    sources = (source for path in manifests.values() for cut in read(path) for source in _sources(cut))
     audio_files = hashlib.sha256()
-    for path in paths:
+    for source in sources:
         with contextlib.suppress(OSError):
-            stat = os.stat(path)
-            audio_files.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            stat = os.stat(source["source"])
+            audio_files.update(f"{source['source']} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return files.fingerprint([audio_files.hexdigest(), {name: files.sha256(path) for name, path in manifests.items()}])
 
 
@@ -193,11 +193,11 @@ def _check(item: tuple[str, int, dict]) -> tuple[tuple[str, int, str, float, tup
     """What identifies an utterance, and the defects that can be seen without the others."""
     name, line, cut = item
     duration_s, found = cut.get("duration", 0.0), list(_check_text(name, cut))
-    recording = cut.get("recording") or {}
-    if cut["type"] not in ("MonoCut", "MultiCut") or len(recording.get("sources", [])) != 1:
+    if cut["type"] not in ("MonoCut", "MultiCut") or len(_sources(cut)) != 1:
         found.append(("bad recording", "a cut takes one recording with one source"))
         return (name, line, cut["id"], duration_s, (cut["id"],)), found
-    rate, source = recording["sampling_rate"], recording["sources"][0]
+    recording, (source,) = cut["recording"], _sources(cut)
+    rate = recording["sampling_rate"]
     bad_audio = _check_audio(source["source"], rate, recording["num_samples"]) if source["type"] == "file" else []
     if rate not in USUAL_RATES:
         found.append(("odd sampling rate", f"{rate} Hz"))
@@ -206,6 +206,10 @@ def _check(item: tuple[str, int, dict]) -> tuple[tuple[str, int, str, float, tup
     if duration_s > MAX_DURATION_S:
         found.append(("over 30 s", f"{duration_s:.3f} s exceed the encoder's window; split it"))
     return (name, line, cut["id"], duration_s, (source["source"], cut["start"])), found + bad_audio
+
+
+def _sources(cut: dict) -> list[dict]:
+    return (cut.get("recording") or {}).get("sources", [])
 
 
 def _check_text(name: str, cut: dict) -> Iterator[tuple[str, str]]:

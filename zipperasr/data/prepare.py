@@ -64,6 +64,15 @@ def is_prepared(name: str, *, out: Path, key: str) -> bool:
     return done
 
 
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, their ends kept. Raises UserError when it is of another encoding."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as stream:
+            yield from stream
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}); convert it") from error
+
+
 def key_of(transcripts: Path) -> str:
     """Stands for a file of transcripts and for where and when it was written, as audio is rewritten with it."""
     return files.fingerprint([str(transcripts), transcripts.stat().st_mtime_ns, files.sha256(transcripts)])

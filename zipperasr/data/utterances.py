@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,21 +74,25 @@ def _load_set(data_dir: Path | str, name: str, ids: list[str], settings: Feature
         path = directory_of(data_dir, name) / path.name
         if not path.is_file():
             raise UserError(f"{path}: no such features; run stage 3, or set data.features.storage=on_the_fly")
-    cuts = {cut["id"]: cut for cut in manifests.read(path) if cut["id"] in wanted}
-    require(wanted - cuts.keys(), f"in {path}", f"run stage{'s 1 to 3' if is_stored else 's 1 and 2'} again")
-    if is_stored and any(cut["features"]["num_features"] != settings.num_mel_bins for cut in cuts.values()):
-        raise UserError(f"{path}: not of data.features.num_mel_bins={settings.num_mel_bins}; run stage 3 again")
+    found = {}
+    for cut in manifests.read(path):
+        if cut["id"] in wanted:
+            if is_stored and cut["features"]["num_features"] != settings.num_mel_bins:
+                raise UserError(f"{path}: not of data.features.num_mel_bins={settings.num_mel_bins}; run stage 3 again")
+            found[cut["id"]] = _utterance(cut, settings.num_mel_bins)
+    require(wanted - found.keys(), f"in {path}", f"run stages 1 {'to 3' if is_stored else 'and 2'} again")
     utterances, times = [], Counter()
     for utt_id in ids:
         times[utt_id] += 1
-        utterances.append(_utterance(cuts[utt_id], times[utt_id], settings.num_mel_bins))
+        repeat = f"#{times[utt_id]}" if times[utt_id] > 1 else ""
+        utterances.append(replace(found[utt_id], id=utt_id + repeat) if repeat else found[utt_id])
     return utterances
 
 
-def _utterance(cut: dict[str, Any], time: int, num_mel_bins: int) -> Utterance:
+def _utterance(cut: dict[str, Any], num_mel_bins: int) -> Utterance:
     (supervision,) = cut["supervisions"]
     return Utterance(
-        id=cut["id"] if time == 1 else f"{cut['id']}#{time}",
+        id=cut["id"],
         lang=supervision["language"],
         text=supervision["text"],
         duration_s=cut["duration"],
