@@ -5,7 +5,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -18,10 +17,12 @@ def zipperasr(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "zipperasr.cli", *args], capture_output=True, text=True)
 
 
-def seconds_of_help() -> float:
-    start = time.perf_counter()
+def cpu_seconds_of_help() -> float:
+    """Not seconds on the clock, which other processes share."""
+    before = os.times()
     assert zipperasr("--help").returncode == 0
-    return time.perf_counter() - start
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def raiser(error: BaseException):
 
 
 def test_help_is_instant():
-    assert statistics.median(seconds_of_help() for _ in range(3)) < 0.5
+    assert statistics.median(cpu_seconds_of_help() for _ in range(3)) < 0.5
 
 
 def test_help_names_every_verb():
@@ -106,6 +107,6 @@ def test_overrides_may_stand_anywhere_on_the_line(tmp_path, capsys):
 
 
 def test_a_reader_that_leaves_early_is_no_error():
-    command = f"{sys.executable} -m zipperasr.cli --help | true; exit ${{PIPESTATUS[0]}}"
+    command = f"'{sys.executable}' -m zipperasr.cli --help | true; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert result.returncode in (0, 1) and not result.stderr

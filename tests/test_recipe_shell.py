@@ -67,7 +67,8 @@ def script(tmp_path):
     path.write_text(
         "#!/usr/bin/env bash\n# Usage: it\n# It does.\n\nset -euo pipefail\n"
         "num_jobs=4   # how many\nname=  # of whom\n"
-        f'. {ROOT}/utils/parse_options.sh\necho "$num_jobs|$name|$*"\nlater=1 # no option\n'
+        f". '{ROOT}/utils/parse_options.sh'\n"
+        'echo "$num_jobs|$name|$*"\nlater=1 # no option\n'
     )
     path.chmod(0o755)
     return path
@@ -108,7 +109,7 @@ def checkout(tmp_path):
     fake = tmp_path / "python"
     fake.write_text(
         "#!/usr/bin/env bash\n"
-        f'case "$*" in -c*|--version) exec {sys.executable} "$@" ;; esac\n'
+        f'case "$*" in -c*|--version) exec "{sys.executable}" "$@" ;; esac\n'
         f'echo "$*" >>{tmp_path}/asked\n'
         f'case "$*" in "-m venv .venv") mkdir -p .venv/bin; cp {fake} .venv/bin/python ;;'
         ' *openai*|*"--editable"*) [ -z "${FAIL:-}" ] || { echo "no network"; exit 1; } ;; esac\n'
