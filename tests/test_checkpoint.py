@@ -147,6 +147,17 @@ def test_openai_whispers_own_checkpoint_file_is_read_in_fp32(tmp_path):
     assert torch.equal(loaded.encoder.conv1.weight, whisper.encoder.conv1.weight.float())
 
 
+@pytest.mark.parametrize("content", [None, b"not a checkpoint", {"weights": 1}])
+def test_a_whisper_file_or_name_that_is_none_is_named(tmp_path, content):
+    path = tmp_path / "tiny.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=r"tiny.pt.*a known name"):
+        load_whisper(str(path))
+
+
 @pytest.mark.parametrize("damage", ["name", "config", "weights"])
 def test_a_whisper_that_is_not_there_or_not_whole_is_named(tmp_path, damage):
     folder = tmp_path / "whisper"

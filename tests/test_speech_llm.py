@@ -184,3 +184,10 @@ def test_language_embeddings_are_rows_of_whispers_token_embedding(model, paths):
         assert torch.equal(e, whisper.decoder.token_embedding.weight[tokens[lang]])
     router = model.encoder.blocks[0].attn.query.router
     assert torch.equal(router.language_embeddings[1], model.language_embeddings["th"])
+
+
+def test_bf16_stays_near_fp32(model, batch):
+    half = copy.deepcopy(model).bfloat16()
+    out = half(batch)
+    torch.testing.assert_close(out.utt_loss, model(batch).utt_loss, rtol=0.05, atol=0)
+    assert all(g.dtype == torch.bfloat16 for g in gradients(half, out.loss_sum).values())

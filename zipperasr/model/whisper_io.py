@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import whisper
@@ -24,8 +25,9 @@ def load_whisper(name: str) -> tuple[Whisper, dict[str, int]]:
         return _load_folder(Path(name))
     try:
         model = whisper.load_model(name, device="cpu")
-    except RuntimeError as error:
-        raise UserError(f"Whisper model '{name}': {error}; give a folder, a .pt file or one of these names") from error
+    except (RuntimeError, OSError, KeyError, TypeError, UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"Whisper model '{name}': {reason}; give a folder, a whole .pt file or a known name") from error
     tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages)
     return model, {lang: tokenizer.to_language_token(lang) for lang in tokenizer.all_language_codes}
 
