@@ -109,7 +109,7 @@ def checkout(tmp_path):
     fake = tmp_path / "python"
     fake.write_text(
         "#!/usr/bin/env bash\n"
-        f'case "$*" in -c*|--version) exec "{sys.executable}" "$@" ;; esac\n'
+        f'case "$*" in *torch.version*) exit 1 ;; -c*|--version) exec "{sys.executable}" "$@" ;; esac\n'
         f'echo "$*" >>{tmp_path}/asked\n'
         f'case "$*" in "-m venv .venv") mkdir -p .venv/bin; cp {fake} .venv/bin/python ;;'
         ' *openai*|*"--editable"*) [ -z "${FAIL:-}" ] || { echo "no network"; exit 1; } ;; esac\n'
