@@ -1,0 +1,338 @@
+"""Hypotheses against plain forward passes, and decode directories: whole, resumable, in the order of the list."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import soundfile
+import tiny
+import torch
+from lhotse import MonoCut, Recording, SupervisionSegment
+from torch import nn
+
+from zipperasr import config, files, prompts
+from zipperasr.cli import recipe as recipes
+from zipperasr.cli.main import main
+from zipperasr.data import lists, manifests
+from zipperasr.data.features import FeatureSettings
+from zipperasr.data.utterances import load_utterances
+from zipperasr.decoding import DecodingSettings, decode, worker
+from zipperasr.decoding.generate import transcribe
+from zipperasr.model import checkpoint
+from zipperasr.model.speech_llm import SpeechLLM
+
+DURATIONS_S = {"de": [0.9, 0.3, 1.7, 2.6, 0.5], "zh": [0.4, 1.1]}
+WINDOW_S = 2.0
+CAPS = [9, 3, 14, 6]
+FRAMES = [90, 31, 170, 55]
+
+
+def randomised(model):
+    """The model with random trained parameters."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@torch.no_grad()
+def sharpened(llm):
+    """The LLM with larger weights, so that it says different things about different speech."""
+    for parameter in llm.parameters():
+        parameter *= 3
+    return llm
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return tiny.make_pretrained(tmp_path_factory.mktemp("pretrained"), n_audio_ctx=int(WINDOW_S * 50))
+
+
+@pytest.fixture(scope="module")
+def model(paths):
+    """A model of German; its end of text is a token that it really says in the middle of a hypothesis."""
+    model = randomised(checkpoint.build(tiny.settings(paths), stage=2)).merged("de")
+    sharpened(model.llm)
+    with torch.inference_mode():
+        said = [naive_greedy(model, x, 12)[0] for x in speech_of(model)]
+    model.tokenizer.end_of_text = said[2][6]
+    return model
+
+
+def speech_of(model):
+    generator = torch.Generator().manual_seed(2)
+    features = [torch.randn(n, 80, generator=generator) for n in FRAMES]
+    with torch.inference_mode():
+        return model.speech_embeddings(features, ["de"] * len(features))
+
+
+def step_logprobs(model, speech, ids):
+    """Log-probabilities [len(ids) + 1, V] of what stands at and after each of `ids`: one unpadded pass, no cache."""
+    prompt = model.embed([prompts.prompt_ids(model.tokenizer, "de")])[0]
+    inputs = torch.cat([prompt, speech, *([model.embed([ids])[0]] if ids else [])])
+    return model.llm(inputs_embeds=inputs[None]).logits[0].log_softmax(-1)[-len(ids) - 1 :]
+
+
+def naive_greedy(model, speech, cap):
+    """Tokens and the mean of their log-probabilities, by the argmax of one forward pass a token."""
+    ids, total = [], 0.0
+    while len(ids) < cap and model.tokenizer.end_of_text not in ids:
+        logprob, token = step_logprobs(model, speech, ids)[-1].max(-1)
+        ids.append(token.item())
+        total += logprob.item()
+    return ids, total / len(ids)
+
+
+def text_of(model, ids):
+    return " ".join(model.tokenizer.decode([i for i in ids if i != model.tokenizer.end_of_text]).split())
+
+
+@torch.inference_mode()
+def test_a_greedy_hypothesis_is_the_argmax_of_plain_forward_passes(model):
+    speech = speech_of(model)
+    found = transcribe(model, speech, "de", CAPS, DecodingSettings())
+    for hypothesis, x, cap in zip(found, speech, CAPS, strict=True):
+        ids, logprob = naive_greedy(model, x, cap)
+        assert (hypothesis.text, hypothesis.num_tokens) == (text_of(model, ids), len(ids))
+        assert hypothesis.logprob == pytest.approx(logprob, abs=1e-4)
+        assert hypothesis.is_capped == (ids[-1] != model.tokenizer.end_of_text)
+    assert {h.is_capped for h in found} == {True, False}  # or the test would not test both ends
+    assert len({h.text for h in found}) == len(found)
+
+
+@pytest.mark.parametrize("beam", [1, 4])
+def test_a_hypothesis_does_not_depend_on_its_neighbours(model, beam):
+    speech, settings = speech_of(model), DecodingSettings(beam=beam, length_penalty=0.7)
+    together = transcribe(model, speech, "de", CAPS, settings)
+    for order in ([3, 1, 0, 2], [2, 0], *([i] for i in range(4))):
+        for i, hypothesis in zip(
+            order, transcribe(model, [speech[i] for i in order], "de", [CAPS[i] for i in order], settings), strict=True
+        ):
+            assert (hypothesis.text, hypothesis.num_tokens) == (together[i].text, together[i].num_tokens)
+            assert hypothesis.logprob == pytest.approx(together[i].logprob, abs=1e-4)
+
+
+class Letters:
+    """A tokenizer of seven letters, whose end of text is 0."""
+
+    end_of_text = 0
+
+    def encode(self, text):
+        return [1 + ord(letter) % 7 for letter in text]
+
+    def decode(self, ids):
+        return "".join("abcdefg"[i - 1] for i in ids if i)
+
+
+@torch.inference_mode()
+def test_a_wide_beam_finds_the_most_probable_text(model):
+    torch.manual_seed(3)
+    small = SpeechLLM(model.encoder, model.projector, sharpened(tiny.make_lm(8, 0)), Letters(), {})
+    caps = [3, 2, 3, 3]
+    found = transcribe(small, speech_of(small), "de", caps, DecodingSettings(beam=64, length_penalty=0))
+    for hypothesis, x, cap in zip(found, speech_of(small), caps, strict=True):
+        best = (-torch.inf, None)
+        for length in range(1, cap + 1):
+            for ids in map(list, itertools.product(range(8), repeat=length)):
+                if 0 not in ids[:-1] and (ids[-1] == 0 or length == cap):
+                    steps = step_logprobs(small, x, ids[:-1])
+                    best = max(best, (steps[range(length), ids].sum().item(), ids))
+        assert hypothesis.text == Letters().decode(best[1])
+        assert hypothesis.logprob * hypothesis.num_tokens == pytest.approx(best[0], abs=1e-4)
+
+
+class Run(NamedTuple):
+    """A run directory with random weights, and its data."""
+
+    directory: Path
+    data: Path
+
+    def args(self, *sets, more=()):
+        return ["decode", "--run-dir", str(self.directory), "--data-dir", str(self.data), "--sets", *sets, *more]
+
+    def read(self, name, lang="de"):
+        return (self.directory / f"decode_noise_{lang}_test" / name).read_text(encoding="utf-8")
+
+    def utts(self, lang="de"):
+        return {row["id"]: row for row in map(json.loads, self.read("utts.jsonl", lang).splitlines())}
+
+
+def write_set(data, lang, durations_s):
+    draw = np.random.default_rng(0)
+    cuts = []
+    for i, duration_s in enumerate(durations_s):
+        utt_id = f"{lang}-{i}"
+        path = data / "audio" / f"{utt_id}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, draw.normal(0, 0.1, int(duration_s * 16000)).astype(np.float32), 16000)
+        recording = Recording.from_file(path, recording_id=utt_id)
+        supervision = SupervisionSegment(utt_id, utt_id, 0, recording.duration, text="haus\u3000 baum ", language=lang)
+        cut = MonoCut(utt_id, 0, recording.duration, 0, recording=recording, supervisions=[supervision])
+        cuts.append(cut.to_dict())
+    manifests.write(manifests.path_of(data, f"noise_{lang}_test"), cuts)
+
+
+@pytest.fixture
+def run(paths, tmp_path):
+    """A stage-2 run on German and Thai; German is tested in its own setting (and listed twice), Chinese in another."""
+    data, directory = tmp_path / "data", tmp_path / "exp" / "zipper_soft_full"
+    for lang, durations_s in DURATIONS_S.items():
+        write_set(data, lang, durations_s)
+    stage = {"setting": "target"}
+    hours = 2 * sum(DURATIONS_S["de"]) / 3600
+    whole = recipes.Config.model_validate({
+        "corpora": {"noise": {"prepare": "mls", "langs": ["de", "zh"]}},
+        "data": {
+            "features": {"storage": "on_the_fly"},
+            "lists": {"settings": {
+                "source": {"test": {"noise_zh_test": None}},
+                "target": {"test": {"noise_de_test": hours}},
+            }},
+        },
+        "model": tiny.settings(paths).model_dump(),
+        "training": {"stage1": stage, "stage2": stage},
+        "decoding": {"max_tokens_per_s": 5, "min_max_tokens": 3, "max_tokens_per_batch": 200},
+    })  # fmt: skip
+    lists.write(data, whole.data.lists)
+    config.save(directory / "config.yaml", whole)
+    checkpoint.save_trainable(checkpoint.build(whole.model, stage=1), directory / "init")
+    step = directory / "checkpoints" / "step-7"
+    checkpoint.save_trainable(randomised(checkpoint.build(whole.model, stage=2)), step)
+    files.write_json(step / "state.json", {})
+    return Run(directory, data)
+
+
+def test_a_decode_directory_holds_the_list_in_its_order(run):
+    assert main(run.args("noise_de_test", "noise_zh_test")) == 0
+    listed = load_utterances(run.data, "target", "test", None, FeatureSettings(storage="on_the_fly"))
+    ids = [u.id for u in listed]
+    assert sorted(ids) == sorted([f"de-{i}" for i in range(5)] + [f"de-{i}#2" for i in range(5)])
+    utts = run.utts()
+    assert list(utts) == ids
+    assert run.read("ref") == "".join(f"{i} haus baum\n" for i in ids)
+    assert run.read("hyp") == "".join(" ".join([i, *utts[i]["text"].split()]) + "\n" for i in ids)
+    assert len({u["text"] for u in utts.values()}) > 1
+    for u in listed:
+        row, repeated = utts[u.id], utts[u.id.removesuffix("#2")]
+        assert (row["text"], row["duration_s"]) == (repeated["text"], u.duration_s)
+        assert ("split" in row["flags"]) == (u.duration_s > WINDOW_S)
+        assert ("capped" in row["flags"]) == (row["num_tokens"] == max(3, math.ceil(5 * u.duration_s)))
+        assert ("empty" in row["flags"]) == (not row["text"])
+    meta = json.loads(run.read("meta.json"))
+    expected = {
+        "set": "noise_de_test",
+        "lang": "de",
+        "setting": "target",
+        "run": "zipper_soft_full",
+        "stage": 2,
+        "step": 7,
+    }
+    expected |= {"method": "zipper_soft", "encoder": "full", "unseen_policy": None, "beam": 1}
+    assert meta.items() >= expected.items()
+    assert json.loads(run.read("meta.json", "zh")).items() >= {"setting": "source", "unseen_policy": "shared"}.items()
+    timing = json.loads(run.read("timing.json"))
+    assert timing["audio_s"] == pytest.approx(sum(u.duration_s for u in listed))
+    assert timing["rtfx"] == pytest.approx(timing["audio_s"] / timing["wall_s"])
+    assert 0 < timing["encoder_s"] + timing["generate_s"] <= timing["wall_s"]
+    assert set(os.listdir(run.directory / "decode_noise_de_test")) == {*decode.OUTPUTS, ".done", ".lock"}
+
+
+@pytest.mark.parametrize(
+    "more", [["decoding.max_tokens_per_batch=1"], ["decoding.max_tokens_per_batch=9999"], ["--nj", "2"]]
+)
+def test_neither_batches_nor_processes_change_results(run, more):
+    assert main(run.args("noise_de_test")) == 0
+    expected = run.utts()
+    shutil.rmtree(run.directory / "decode_noise_de_test")
+    assert main(run.args("noise_de_test", more=more)) == 0
+    assert list(run.utts()) == list(expected)
+    for utt_id, row in run.utts().items():
+        assert row == expected[utt_id] | {"logprob": pytest.approx(expected[utt_id]["logprob"], abs=1e-4)}
+
+
+def test_a_killed_decode_goes_on_and_ends_with_the_same_results(run, monkeypatch):
+    assert main(run.args("noise_de_test")) == 0
+    expected, directory = run.read("utts.jsonl"), run.directory / "decode_noise_de_test"
+    shutil.rmtree(directory)
+    transcribed = []
+
+    def transcribe_all(model, job, batch):
+        transcribed.append([u.id for u, _ in batch])
+        return real(model, job, batch)
+
+    def transcribe_three_batches(*args):
+        if len(transcribed) == 3:
+            raise KeyboardInterrupt
+        return transcribe_all(*args)
+
+    real = worker._transcribe
+    monkeypatch.setattr(worker, "_transcribe", transcribe_three_batches)
+    assert main(run.args("noise_de_test")) == 130
+    assert set(os.listdir(directory)) == {".lock", *(path.name for path in directory.glob("part.*.jsonl"))}
+    (part,) = directory.glob("part.*.jsonl")
+    part.write_bytes(part.read_bytes()[:-5])  # killed in the middle of a line
+    monkeypatch.setattr(worker, "_transcribe", transcribe_all)
+    assert main(run.args("noise_de_test")) == 0
+    assert run.read("utts.jsonl") == expected
+    ids = list(itertools.chain.from_iterable(transcribed))
+    assert {utt_id for utt_id in ids if ids.count(utt_id) == 2} == {transcribed[2][-1]}  # the one that was cut off
+    assert not list(directory.glob("part.*"))
+
+
+def test_a_finished_set_is_skipped_without_torch_and_decoded_again_with_other_settings(run):
+    assert main(run.args("noise_de_test")) == 0
+    first = (run.directory / "decode_noise_de_test" / "hyp").stat().st_mtime_ns
+    code = f"import sys; from zipperasr.cli.main import main; status = main({run.args('noise_de_test')!r}); " + (
+        "print({'torch', 'lhotse', 'transformers'} & set(sys.modules)); sys.exit(status)"
+    )
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert again.stdout == f"{run.directory}/decode_noise_de_test: complete\nset()\n"
+    assert (run.directory / "decode_noise_de_test" / "hyp").stat().st_mtime_ns == first
+    assert main(run.args("noise_de_test", more=["decoding.min_max_tokens=1"])) == 0
+    assert min(row["num_tokens"] for row in run.utts().values()) < 3
+    (run.directory / "decode_noise_de_test" / "hyp").unlink()
+    assert main(run.args("noise_de_test", more=["decoding.min_max_tokens=1"])) == 0
+    assert run.read("hyp")
+
+
+def test_unreadable_audio_costs_its_own_utterance_only(run, capsys):
+    (run.data / "audio" / "de-2.wav").write_bytes(b"RIFF")
+    (run.data / "audio" / "de-0.wav").unlink()
+    assert main(run.args("noise_de_test", more=["decoding.max_tokens_per_batch=1"])) == 0
+    bad = {"de-0", "de-2", "de-0#2", "de-2#2"}
+    assert {utt_id for utt_id, row in run.utts().items() if row["flags"] == ["unreadable"]} == bad
+    assert {line.split()[0] for line in run.read("hyp").splitlines()} == run.utts().keys() - bad
+    assert len(run.read("ref").splitlines()) == 10
+    out, err = capsys.readouterr()
+    assert "4 unreadable" in out
+    assert err.count("'de-2'") == 2
+
+
+@pytest.mark.parametrize(
+    ("sets", "more", "said"),
+    [
+        (["noise_fr_test"], [], "no setting tests on the set 'noise_fr_test'; there are noise_de_test, noise_zh_test"),
+        (["noise_de_test"], ["--step", "3"], "no checkpoint at step 3; there are 7"),
+        (["noise_de_test"], ["model.encoder.context=chunked"], "a trained run takes only decoding.<key> and"),
+        (["noise_de_test"], ["decoding.bean=4"], "unknown key 'decoding.bean'; known here: beam,"),
+    ],
+)
+def test_mistakes_are_one_line(run, capsys, sets, more, said):
+    assert main(run.args(*sets, more=more)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_two_runs_do_not_decode_the_same_set(run, capsys):
+    with files.lock(run.directory / "decode_noise_de_test"):
+        assert main(run.args("noise_de_test")) == 1
+    assert "another run is writing here" in capsys.readouterr().err

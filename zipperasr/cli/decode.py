@@ -1,0 +1,43 @@
+"""Transcribe sets with a trained run, into RUN_DIR/decode_<set>; finished sets are skipped, partial ones go on."""
+
+import argparse
+from pathlib import Path
+
+from zipperasr.errors import UserError
+
+OVERRIDABLE = ("decoding.", "data.features.storage")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run-dir", type=Path, required=True, help="a trained run: config.yaml and checkpoints")
+    parser.add_argument("--data-dir", type=Path, required=True, help="holds manifests/, lists/ and features/")
+    parser.add_argument("--sets", nargs="+", required=True, metavar="SET", help="<corpus>_<lang>_<split>")
+    parser.add_argument("--setting", help="whose test lists (default: the run's own, else any that has the set)")
+    parser.add_argument("--step", type=int, help="checkpoint (default: the latest)")
+    parser.add_argument("--nj", type=int, default=1, help="number of processes (%(default)s; on GPUs at most one each)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as decoding.beam=4")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Decode what is not done yet and print a line for each set."""
+    from zipperasr.cli import recipe
+    from zipperasr.decoding import decode
+    from zipperasr.model import RunSettings
+
+    sets = [name for name in args.sets if "=" not in name]
+    overrides = [text for text in args.sets if "=" in text] + args.overrides  # those behind --sets too
+    if other := [text for text in overrides if not text.startswith(OVERRIDABLE)]:
+        raise UserError(f"override '{other[0]}': a trained run takes only {OVERRIDABLE[0]}<key> and {OVERRIDABLE[1]}")
+    whole = recipe.load(args.run_dir / "config.yaml", overrides=overrides)
+    setting = args.setting or getattr(whole.training, f"stage{whole.stage}").setting
+    settings = RunSettings(stage=whole.stage, model=whole.model)
+    jobs = decode.plan(
+        args.run_dir, args.data_dir, sets, run=settings, data=whole.data, decoding=whole.decoding,
+        setting=setting, step=args.step,
+    )  # fmt: skip
+    for job in (job for job in jobs if job.is_done):
+        print(f"{job.directory}: complete", flush=True)
+    todo = [job for job in jobs if not job.is_done]
+    for job, timing in decode.decode(todo, nj=args.nj) if todo else ():
+        flags = "".join(f", {count} {flag}" for flag, count in timing["flags"].items())
+        print(f"{job.directory}: {timing['num_utts']} utterances, RTFx {timing['rtfx']:.0f}{flags}", flush=True)

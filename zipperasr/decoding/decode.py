@@ -1,0 +1,226 @@
+"""Decode directories: sets of utterances transcribed with a run's checkpoint, by one process or several.
+
+While a set is being decoded, each process appends what it has to a part of its own, `part.<key>.<random>.jsonl`, where
+the key stands for everything the result depends on: a killed decode goes on with what the parts of its key hold. Then
+
+    hyp, ref       lines of "id text" in the order of the list: `ref` has every utterance, `hyp` those that were read
+    utts.jsonl     id, lang, text, logprob (mean over tokens), num_tokens, flags, duration_s
+    timing.json    seconds of audio and of work (without loading the model), RTFx, how often each flag was raised
+    meta.json      what was decoded, and with what
+
+Flags: `capped` (stopped at its cap of tokens), `empty`, `split` (longer than the window of a full-context encoder, so
+encoded in windows), `unreadable` (no features).
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from zipperasr import adapters, files
+from zipperasr.data import DataSettings, FeatureSettings, lists, manifests
+from zipperasr.data.utterances import Utterance, load_utterances
+from zipperasr.decoding import DecodingSettings
+from zipperasr.errors import UserError
+from zipperasr.model import WEIGHTS, RunSettings, find_checkpoint
+
+OUTPUTS = ("hyp", "ref", "utts.jsonl", "timing.json", "meta.json")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One set to decode with one checkpoint of a run; `key` is a digest of all that the result depends on."""
+
+    run_dir: Path
+    step: int
+    run: RunSettings
+    data_dir: Path
+    setting: str
+    set: str
+    features: FeatureSettings
+    decoding: DecodingSettings
+    key: str
+
+    @property
+    def directory(self) -> Path:
+        """Where the results go."""
+        return self.run_dir / f"decode_{self.set}"
+
+    @property
+    def lang(self) -> str:
+        """The language of the set."""
+        return self.set.split("_", 2)[1]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the results are there, whole, and of this key."""
+        return files.is_done(self.directory, self.key) and all((self.directory / name).is_file() for name in OUTPUTS)
+
+
+def plan(
+    run_dir: Path,
+    data_dir: Path,
+    sets: Iterable[str],
+    *,
+    run: RunSettings,
+    data: DataSettings,
+    decoding: DecodingSettings,
+    setting: str,
+    step: int | None = None,
+) -> list[Job]:
+    """A job for each set, made without importing torch, so that sets which are done cost nothing.
+
+    A set's list is that of `setting`, or of the first setting that tests on the set; `step` is the latest by default.
+    Raises UserError when there is no such list or no such checkpoint.
+    """
+    checkpoint = find_checkpoint(run_dir, step)
+    weights = [folder / WEIGHTS for folder in (run_dir / "init", checkpoint) if (folder / WEIGHTS).is_file()]
+    common = [run.model_dump(), decoding.model_dump(), *map(files.sha256, weights)]
+    jobs = []
+    for name in dict.fromkeys(sets):
+        where = _setting_of(name, data, first=setting)
+        inputs = [lists.find(data_dir, where, "test").get(name), manifests.path_of(data_dir, name)]
+        if not all(path and path.is_file() for path in inputs):
+            raise UserError(f"{name}: no list or no manifest in {data_dir}; run stages 1 and 2 again")
+        key = files.fingerprint([*common, *map(files.sha256, inputs)])
+        at = int(checkpoint.name.removeprefix("step-"))
+        jobs.append(Job(run_dir, at, run, data_dir, where, name, data.features, decoding, key))
+    return jobs
+
+
+def decode(jobs: Sequence[Job], *, nj: int = 1) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Decode `jobs` with `nj` processes (on GPUs at most one each); yield each with its timing when it is done.
+
+    Raises UserError when another process is decoding one of the sets, and when one of ours is killed.
+    """
+    with ExitStack() as stack:
+        listed = []
+        for job in jobs:
+            stack.enter_context(files.lock(job.directory))
+            (job.directory / ".done").unlink(missing_ok=True)
+            listed.append(load_utterances(job.data_dir, job.setting, "test", [job.set], job.features))
+        pools = _start_pools(nj, stack) if nj > 1 else []
+        started = [_start(job, utterances, pools) for job, utterances in zip(jobs, listed, strict=True)]
+        for job, utterances, shares in zip(jobs, listed, started, strict=True):
+            try:
+                for finish in shares:
+                    finish()
+            except BrokenProcessPool as error:
+                mend = "lower --nj if memory is short, and run the same command again to go on"
+                raise UserError(f"{job.set}: a decoding process was killed; {mend}") from error
+            yield job, _write_outputs(job, utterances)
+
+
+def _setting_of(name: str, data: DataSettings, *, first: str) -> str:
+    settings = data.lists.settings
+    for setting in (first, *settings):
+        if setting in settings and name in settings[setting].test:
+            return setting
+    known = sorted({test for setting in settings.values() for test in setting.test})
+    raise UserError(f"no setting tests on the set '{name}'; there are {', '.join(known) or 'none'}")
+
+
+def _start_pools(nj: int, stack: ExitStack) -> list[ProcessPoolExecutor]:
+    """`nj` pools of one process, so that each process keeps its share of every set, its GPU and its model.
+
+    They are forked from a server that has imported what they need, once for all; this process needs no torch.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.worker"])
+    pools = [ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) for _ in range(nj)]
+    for pool in pools:
+        stack.callback(pool.shutdown, cancel_futures=True)
+    return pools[: pools[0].submit(_num_gpus).result() or nj]
+
+
+def _end_with_parent() -> None:
+    """Let this process end at Ctrl-C, and when the one that started it has gone, however it went."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _start(job: Job, utterances: Sequence[Utterance], pools: Sequence[ProcessPoolExecutor]) -> list[Callable[[], None]]:
+    """Share out what is not decoded yet, longest first; what is returned waits for the shares (or does them here)."""
+    done = _read_parts(job)
+    todo = sorted((u for u in utterances if u.id not in done), key=lambda u: (-u.num_frames, u.id))
+    num = len(pools)
+    waits = [pool.submit(_decode_share, job, todo[j::num], j, num).result for j, pool in enumerate(pools)]
+    return waits or [partial(_decode_share, job, todo)]
+
+
+def _decode_share(job: Job, utterances: Sequence[Utterance], share: int = 0, num_shares: int = 1) -> None:
+    from zipperasr.decoding import worker
+
+    worker.decode_share(job, utterances, share, num_shares)
+
+
+def _read_parts(job: Job) -> dict[str, dict[str, Any]]:
+    """The records of utterances decoded so far, by id."""
+    records = {}
+    for path in sorted(job.directory.glob(f"part.{job.key}.*.jsonl")):
+        for line in path.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):  # else it was being written when the process died
+                record = json.loads(line)
+                records[record["id"]] = record
+    return records
+
+
+def _write_outputs(job: Job, utterances: Sequence[Utterance]) -> dict[str, Any]:
+    """Turn the parts into the outputs, remove them, mark the directory as done, and return what is in timing.json."""
+    found = _read_parts(job)
+    records = [found[u.id] for u in utterances]
+    shares = [record.pop("seconds") for record in records]
+    seconds = {name: sum(share[name] for share in shares) for name in ("wall_s", "encoder_s", "generate_s")}
+    audio_s = sum(u.duration_s for u in utterances)
+    timing = {"audio_s": audio_s, "rtfx": audio_s / seconds["wall_s"], **seconds, "num_utts": len(utterances)}
+    timing["flags"] = Counter(flag for record in records for flag in record["flags"])
+    directory = job.directory
+    with files.write(directory / "ref") as ref:
+        ref.writelines(_line(u.id, u.text) for u in utterances)
+    with files.write(directory / "hyp") as hyp:
+        hyp.writelines(_line(record["id"], record["text"]) for record in records if "unreadable" not in record["flags"])
+    with files.write(directory / "utts.jsonl") as utts:
+        utts.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    files.write_json(directory / "timing.json", timing)
+    files.write_json(directory / "meta.json", _meta(job))
+    files.mark_done(directory, job.key)
+    for part in directory.glob("part.*.jsonl"):
+        part.unlink()
+    return timing
+
+
+def _line(utt_id: str, text: str) -> str:
+    return " ".join([utt_id, *text.split()]) + "\n"
+
+
+def _meta(job: Job) -> dict[str, Any]:
+    model, adapter = job.run.model, job.run.model.adapter
+    is_unseen = adapter and job.lang not in adapter.langs and adapters.method_class(adapter.method).by_language
+    return {
+        "set": job.set,
+        "lang": job.lang,
+        "setting": job.setting,
+        "run": job.run_dir.resolve().name,
+        "stage": job.run.stage,
+        "step": job.step,
+        "encoder": model.encoder.context,
+        "method": adapter.method if adapter else None,
+        "unseen_policy": adapter.unseen if is_unseen else None,
+        **job.decoding.model_dump(),
+    }
