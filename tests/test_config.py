@@ -69,6 +69,12 @@ def test_overrides_win_over_the_file(write):
     assert outer.maybe.alpha == 1e-3 and outer.by_name["x"].rank == 1
 
 
+def test_an_override_of_one_section_leaves_its_alias_alone(write):
+    path = write("inner: &same {rank: 3}\nmaybe: *same")
+    outer = config.load(path, Outer, overrides=["maybe.rank=7"])
+    assert (outer.inner.rank, outer.maybe.rank) == (3, 7)
+
+
 def test_an_override_can_remove_a_section(write):
     assert config.load(write("maybe: {rank: 3}"), Outer, overrides=["maybe=null"]).maybe is None
 

@@ -80,8 +80,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override '{override}': write key=value, as in training.stage2.lr=1e-4")
     *parents, last = key.split(".")
     for parent in parents:
-        if not isinstance(tree.get(parent), dict):
-            tree[parent] = {}
+        tree[parent] = dict(tree[parent]) if isinstance(tree.get(parent), dict) else {}  # a copy: YAML aliases share it
         tree = tree[parent]
     tree[last] = yaml.safe_load(value)
 
