@@ -1,8 +1,8 @@
 """Which utterances each rank trains on at each step: rows packed within one language, dealt evenly to the ranks.
 
-A *row* is a sequence of at most `max_tokens_per_row` LLM tokens holding several utterances of one language, a *micro-batch*
-is the rows of one forward pass on one rank, and a *step* is one optimizer step: `num_slots` micro-batches, which is the
-number of ranks times the micro-batches each rank accumulates.
+A *row* is a sequence of at most `max_tokens_per_row` LLM tokens holding several utterances of one language, a
+*micro-batch* is the rows of one forward pass on one rank, and a *step* is one optimizer step over `num_slots`
+micro-batches: the number of ranks times the micro-batches that each rank accumulates.
 
 Everything here is a pure function of the utterances, the seed, the epoch and the step. So every rank and every loader
 worker computes the same plan without talking to the others, and a resumed run continues at exactly the next utterance.
@@ -16,7 +16,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import PositiveInt
 
@@ -25,6 +25,7 @@ from zipperasr.config import Settings
 from zipperasr.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from zipperasr.data.utterances import Utterance
@@ -41,7 +42,7 @@ class RowsPerBatch(Settings):
 
 
 class PackingSettings(Settings):
-    """How utterances share rows. With `skip_too_long`, utterances over the row length are counted, logged and left out."""
+    """How utterances share rows. `skip_too_long` leaves out utterances over the row length, counted and logged."""
 
     max_tokens_per_row: PositiveInt = 2048
     rows_per_batch: RowsPerBatch = RowsPerBatch()
@@ -49,8 +50,8 @@ class PackingSettings(Settings):
 
 
 def num_speech_tokens(num_frames: int) -> int:
-    """LLM positions of an utterance of `num_frames` log-mel frames: 100 Hz, halved by Whisper, quartered by the projector."""
-    return -(-(-(-num_frames // 2)) // 4)
+    """LLM positions of `num_frames` log-mel frames (100 Hz): halved by Whisper, quartered by the projector."""
+    return ((num_frames + 1) // 2 + 3) // 4
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Example:
 class Batch:
     """One micro-batch. Utterances are sorted by language, then row: each language is one contiguous run.
 
-    `features` holds [F_u, bins] per utterance; `targets` end with end-of-text; `rows` gives each utterance's packed row.
+    `features` holds [F_u, bins] per utterance, `targets` end with end-of-text, `rows` is each utterance's packed row.
     A batch without utterances is a filler, for a rank that has no row left in the last step of an epoch.
     """
 
@@ -99,28 +100,29 @@ class Batch:
         """Seconds of speech."""
         return sum(map(len, self.features)) / 100
 
-    def to(self, device: Any) -> Batch:
+    def to(self, device: torch.device) -> Batch:
         """The same batch with its features on `device`, moved as one tensor."""
-        return dataclasses.replace(self, features=_split(_join(self.features, device=device)))
+        if all(x.device == device for x in self.features):
+            return self
+        flat, lengths = _join(self.features)
+        return dataclasses.replace(self, features=_split(flat.to(device), lengths))
 
     def __getstate__(self) -> dict:
         """One feature tensor crosses from a loader worker, not one (and one open file) an utterance."""
         return {**self.__dict__, "features": _join(self.features)}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, features=_split(state["features"]))
+        self.__dict__.update(state, features=_split(*state["features"]))
 
 
-def _join(features: list[Tensor], device: Any = None) -> tuple[Tensor | None, list[int]]:
+def _join(features: list[Tensor]) -> tuple[Tensor, list[int]]:
     import torch
 
-    flat = torch.cat(features).to(device, non_blocking=True) if features else None  # [sum F, bins]
-    return flat, [len(x) for x in features]
+    return torch.cat(features) if features else torch.empty(0, 0), [len(x) for x in features]  # [sum F, bins]
 
 
-def _split(joined: tuple[Tensor | None, list[int]]) -> list[Tensor]:
-    flat, lengths = joined
-    return [] if flat is None else list(flat.split(lengths))
+def _split(flat: Tensor, lengths: list[int]) -> list[Tensor]:
+    return list(flat.split(lengths)) if lengths else []
 
 
 def make_batch(rows: Sequence[Sequence[Example]]) -> Batch:
@@ -141,7 +143,7 @@ def make_batch(rows: Sequence[Sequence[Example]]) -> Batch:
 def tokenize(utterances: Sequence[Utterance], tokenizer: prompts.Tokenizer, settings: PackingSettings) -> list[Example]:
     """Each utterance with its prompt and target ids, tokenised once.
 
-    Raises UserError naming the utterances longer than a row, unless the settings say to skip them; then they are logged.
+    Raises UserError naming the utterances longer than a row, unless the settings say to leave them out with a warning.
     """
     limit = settings.max_tokens_per_row
     prompt = {lang: prompts.prompt_ids(tokenizer, lang) for lang in sorted({u.lang for u in utterances})}

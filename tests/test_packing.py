@@ -1,0 +1,146 @@
+"""Packing and dealing: every utterance exactly once an epoch, whoever reads it."""
+
+import math
+import pickle
+import random
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from zipperasr.data.loader import load_batches
+from zipperasr.data.packing import Example, PackingSettings, Plan, make_batch, num_speech_tokens, pack, tokenize
+from zipperasr.errors import UserError
+
+
+@dataclass(frozen=True)
+class FakeUtterance:
+    id: str
+    lang: str
+    text: str
+    num_frames: int
+
+    def features(self):
+        return torch.full((self.num_frames, 4), float(self.num_frames))
+
+
+class FakeTokenizer:
+    end_of_text = 0
+
+    def encode(self, text):
+        return list(range(1, 1 + len(text) // 5))
+
+
+def make_examples(count=97, seed=0, langs=("de", "en", "th")):
+    draw = random.Random(seed)
+    utterances = [
+        FakeUtterance(f"utt{i}", draw.choice(langs), "x" * draw.randint(1, 60), draw.randint(20, 700))
+        for i in range(count)
+    ]
+    return tokenize(utterances, FakeTokenizer(), PackingSettings(max_tokens_per_row=256))
+
+
+def make_plan(examples, *, num_slots=1, rows_per_batch=2, seed=0):
+    return Plan(pack(examples, max_tokens=256, seed=seed), rows_per_batch, num_slots, seed)
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 3, 8, 9, 100, 101, 799, 3000])
+def test_speech_tokens_are_an_eighth_of_the_frames_rounded_up_twice(num_frames):
+    assert num_speech_tokens(num_frames) == math.ceil(math.ceil(num_frames / 2) / 4)
+
+
+def test_rows_hold_one_language_and_fit_and_are_nearly_full():
+    examples = make_examples(count=2000)
+    rows = pack(examples, max_tokens=256, seed=0)
+    assert sorted(index for row in rows for index in row) == list(range(len(examples)))
+    assert all(len({examples[i].utterance.lang for i in row}) == 1 for row in rows)
+    lengths = [sum(examples[i].num_tokens for i in row) for row in rows]
+    assert max(lengths) <= 256
+    assert sum(lengths) / (256 * len(rows)) > 0.96
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_each_utterance_is_loaded_exactly_once_an_epoch(num_ranks, num_workers, accumulation):
+    examples = make_examples()
+    plan = make_plan(examples, num_slots=num_ranks * accumulation)
+    assert len(plan.rows) % (2 * plan.num_slots), "the last step should be partial"
+    for epoch in range(2):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        loaded = [
+            list(load_batches(examples, plan, steps=steps, rank=rank, num_ranks=num_ranks, num_workers=num_workers))
+            for rank in range(num_ranks)
+        ]
+        assert {len(batches) for batches in loaded} == {plan.steps_per_epoch * accumulation}
+        seen = Counter(utt_id for batches in loaded for batch in batches for utt_id in batch.ids)
+        assert seen == {example.utterance.id: 1 for example in examples}
+
+
+def test_the_last_partial_step_is_dealt_evenly():
+    plan = make_plan(make_examples(), num_slots=3)
+    sizes = [len(plan.slot_rows(plan.steps_per_epoch - 1, slot)) for slot in range(3)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_one_slot_of_twice_the_rows_trains_on_the_same_rows_at_each_step():
+    one, two = (make_plan(make_examples(), num_slots=n, rows_per_batch=4 // n) for n in (1, 2))
+    for step in range(one.steps_per_epoch * 2):
+        assert sorted(one.slot_rows(step, 0)) == sorted(two.slot_rows(step, 0) + two.slot_rows(step, 1))
+
+
+def test_epochs_differ_and_a_plan_depends_on_the_seed_alone():
+    examples = make_examples()
+    plan = make_plan(examples)
+    assert plan.order(0) != plan.order(1)
+    assert plan == make_plan(make_examples())
+    assert plan.rows != make_plan(examples, seed=1).rows
+
+
+def test_a_resumed_loader_continues_with_the_next_utterance():
+    examples = make_examples()
+    plan = make_plan(examples, num_slots=2)
+    steps = 2 * plan.steps_per_epoch
+    whole = [b.ids for b in load_batches(examples, plan, steps=range(steps), rank=1, num_ranks=2, num_workers=0)]
+    rest = [b.ids for b in load_batches(examples, plan, steps=range(5, steps), rank=1, num_ranks=2, num_workers=0)]
+    assert rest == whole[5:]
+
+
+def test_languages_of_a_batch_are_contiguous_runs_and_rows_stay_together():
+    examples = make_examples()
+    rows = pack(examples, max_tokens=256, seed=0)
+    batch = make_batch([[examples[i] for i in row] for row in rows])
+    runs = [lang for i, lang in enumerate(batch.langs) if i == 0 or batch.langs[i - 1] != lang]
+    assert runs == sorted(set(batch.langs))
+    assert batch.rows == sorted(batch.rows) and batch.num_rows == len(rows)
+    assert batch.num_tokens == sum(example.num_tokens for example in examples)
+    assert batch.audio_s == pytest.approx(sum(example.utterance.num_frames for example in examples) / 100)
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_a_batch_survives_the_way_from_a_worker(count):
+    examples = make_examples(count=5)[:count]
+    batch = make_batch([[example] for example in examples])
+    copy = pickle.loads(pickle.dumps(batch))
+    assert (copy.ids, copy.rows, copy.targets) == (batch.ids, batch.rows, batch.targets)
+    assert all(torch.equal(a, b) for a, b in zip(copy.features, batch.features, strict=True))
+
+
+def test_an_utterance_longer_than_a_row_is_an_error_that_names_it():
+    utterances = [FakeUtterance("short", "de", "ja", 100), FakeUtterance("long", "de", "ja", 10_000)]
+    with pytest.raises(UserError, match=r"1 utterances exceed .*256: long \(1\d\d\d\); raise it, or .*skip_too_long"):
+        tokenize(utterances, FakeTokenizer(), PackingSettings(max_tokens_per_row=256))
+
+
+def test_skipped_utterances_are_counted_and_named(caplog):
+    utterances = [FakeUtterance("short", "de", "ja", 100), FakeUtterance("long", "de", "ja", 10_000)]
+    kept = tokenize(utterances, FakeTokenizer(), PackingSettings(max_tokens_per_row=256, skip_too_long=True))
+    assert [example.utterance.id for example in kept] == ["short"]
+    assert "utterance long left out" in caplog.text and "1 of 2 utterances left out" in caplog.text
+
+
+def test_an_example_is_its_prompt_and_its_target_with_end_of_text():
+    (example,) = tokenize([FakeUtterance("a", "de", "x" * 10, 80)], FakeTokenizer(), PackingSettings())
+    assert isinstance(example, Example) and example.target == [1, 2, 0]
+    assert example.num_tokens == len(example.prompt) + 10 + 3

@@ -1,0 +1,269 @@
+"""The training loop against a plain one, and what it does when something is wrong."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import tiny_recipe
+import torch
+from safetensors.torch import load_file
+
+from zipperasr import config, files
+from zipperasr.cli import recipe as recipes
+from zipperasr.cli.main import main
+from zipperasr.data.packing import PackingSettings, Plan, RowsPerBatch, make_batch, pack, tokenize
+from zipperasr.data.utterances import load_utterances
+from zipperasr.errors import UserError
+from zipperasr.model.checkpoint import build
+from zipperasr.training import StageSettings, runs
+from zipperasr.training.engine import learning_rate, parameter_groups
+from zipperasr.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return tiny_recipe.make(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="module")
+def whole(recipe):
+    return recipes.load(recipe.conf)
+
+
+@pytest.fixture(scope="module")
+def stage1(recipe, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("exp") / "stage1_full"
+    assert main(recipe.train(1, run_dir, "training.stage1.max_steps=3")) == 0
+    return run_dir
+
+
+def make_trainer(recipe, whole, run_dir, *, stage=2, rows=2, packing=None, model=None, encoder=None, **settings):
+    torch.manual_seed(0)
+    model = model or build(whole.model, stage)
+    packing = packing or PackingSettings(max_tokens_per_row=96, rows_per_batch=RowsPerBatch(full=rows, chunked=rows))
+    train, dev = (
+        tokenize(load_utterances(recipe.data, "all", part, None, whole.data.features), model.tokenizer, packing)
+        for part in ("train", "dev")
+    )
+    return Trainer(
+        model,
+        train=train,
+        dev=dev,
+        settings=StageSettings(setting="all", num_workers=0, lr=1e-3, **settings),
+        packing=packing,
+        encoder=encoder or whole.model.encoder,
+        run_dir=run_dir,
+    )
+
+
+def read_log(run_dir):
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.engine.module.named_parameters() if p.requires_grad}
+
+
+def assert_close(one, other, atol=1e-5):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(
+            one[name], other[name], atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def plain_training(trainer, num_steps):
+    """AdamW on the mean loss over the tokens of each global batch, in ten lines and without DeepSpeed."""
+    torch.manual_seed(0)
+    model, settings = build(trainer.whole.model, 2), trainer.settings
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0)
+    plan = Plan(pack(trainer.train, max_tokens=96, seed=0), 4, 1, 0)
+    for step in range(num_steps):
+        output = model(make_batch([[trainer.train[i] for i in row] for row in plan.slot_rows(step, 0)]))
+        optimizer.param_groups[0]["lr"] = learning_rate(step, total_steps=num_steps, settings=settings)
+        optimizer.zero_grad()
+        (output.loss_sum / output.num_tokens).backward()
+        for p in parameters:  # a flat ZeRO partition has zeros where a parameter was not reached
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(("rows", "accumulation"), [(4, 1), (2, 2)])
+def test_training_is_adamw_on_the_token_mean_of_the_global_batch(recipe, whole, tmp_path, rows, accumulation):
+    trainer = make_trainer(recipe, whole, tmp_path, rows=rows, accumulation=accumulation, max_steps=7)
+    trainer.whole = whole
+    assert trainer.plan.steps_per_epoch < 7 and len(trainer.plan.rows) % 4, "it should meet a partial step"
+    before = weights(trainer)
+    trainer.run()
+    after = weights(trainer)
+    assert_close(after, plain_training(trainer, 7))
+    assert max((after[name] - before[name]).abs().max() for name in before) > 2e-3
+
+
+def test_the_rate_warms_up_linearly_and_falls_to_zero_along_a_cosine():
+    settings = StageSettings(setting="all", lr=2.0, warmup_ratio=0.1)
+    rates = [learning_rate(step, total_steps=100, settings=settings) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and 0 < rates[99] < 1e-2
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_the_longest_prefix_scales_the_rate_and_an_unknown_one_is_an_error(whole):
+    model = build(whole.model, 2)
+    scales = {"projector": 10, "encoder": 2, "encoder.blocks.1": 3}
+    groups = parameter_groups(model, StageSettings(setting="all", lr_scale=scales))
+    scale_of = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        expected = [v for k, v in scales.items() if name.startswith(k)][-1:] or [1.0]
+        assert scale_of.get(id(parameter)) == (expected[0] if parameter.requires_grad else None), name
+    with pytest.raises(
+        UserError, match="no trainable parameter begins with 'decoder'; they begin with encoder, llm, proj"
+    ):
+        parameter_groups(model, StageSettings(setting="all", lr_scale={"decoder": 2}))
+
+
+def test_every_step_is_logged_with_its_loss_by_language(recipe, whole, tmp_path):
+    trainer = make_trainer(recipe, whole, tmp_path, max_steps=5, dev_every=2)
+    trainer.run()
+    rows = read_log(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows if "dev_loss" in row] == [2, 4, 5]
+    assert set(rows[1]["dev_loss_per_lang"]) == {"de", "en", "th"}
+    for row in rows:
+        assert min(row["loss_per_lang"].values()) <= row["loss"] <= max(row["loss_per_lang"].values())
+        assert row["grad_norm"] > 0 and row["tokens_per_s"] > 0 and row["audio_s_per_s"] > 0
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_dev_loss_is_the_token_mean_and_trains_nothing(recipe, whole, tmp_path):
+    trainer = make_trainer(recipe, whole, tmp_path, max_steps=1)
+    before, logged = weights(trainer), trainer.evaluate()
+    assert_close(weights(trainer), before, atol=0)
+    with torch.no_grad():
+        output = trainer.engine.module(make_batch([[example] for example in trainer.dev]))
+    assert logged["dev_loss"] == pytest.approx(output.loss_sum.item() / output.num_tokens, abs=1e-5)
+
+
+def test_chunk_durations_are_drawn_per_step_from_the_seed(recipe, whole, tmp_path):
+    encoder = whole.model.encoder.model_copy(update={"context": "chunked", "chunk_durations_s": (0.1, 0.2, 0.4)})
+    drawn = []
+    for folder in ("a", "b"):
+        make_trainer(recipe, whole, tmp_path / folder, encoder=encoder, max_steps=8).run()
+        drawn.append([row["chunk_s"] for row in read_log(tmp_path / folder)])
+    assert drawn[0] == drawn[1] and set(drawn[0]) == {0.1, 0.2, 0.4}
+
+
+def test_the_trainable_list_is_saved(stage1):
+    summary, *lines = (stage1 / "trainable.txt").read_text().splitlines()
+    saved = load_file(stage1 / "checkpoints/step-3/trainable.safetensors")
+    assert [line.partition(" ")[0] for line in lines] and {line.partition(" ")[0] for line in lines} == set(saved)
+    assert f"{sum(t.numel() for t in saved.values()):,}" in summary
+    assert files.read_json(stage1 / "train.json")["num_trainable"] == sum(t.numel() for t in saved.values())
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_with_its_utterances_and_saves_nothing(recipe, whole, tmp_path, poison):
+    trainer = make_trainer(recipe, whole, tmp_path, max_steps=20)
+    poisoned = trainer.train[trainer.plan.slot_rows(2, 0)[0][0]].utterance.id
+
+    class Poisoned(torch.nn.Module):
+        def forward(self, batch, chunk_s):
+            factor = torch.tensor([poison if utt_id == poisoned else 1.0 for utt_id in batch.ids])
+            output = model(batch, chunk_s)
+            return output._replace(loss_sum=output.loss_sum * factor.sum(), utt_loss=output.utt_loss * factor)
+
+    model, trainer.engine.module.forward = trainer.engine.module.forward, None
+    trainer.engine.module.forward = Poisoned().forward
+    with pytest.raises(UserError, match=rf"step 3: the loss is {poison}; its batch begins with {poisoned}"):
+        trainer.run()
+    bad = json.loads((tmp_path / "bad_batch.json").read_text())
+    assert bad["step"] == 3 and bad["utterances"][0]["id"] == poisoned and len(bad["utterances"]) > 1
+    assert not list((tmp_path / "checkpoints").glob("*")) and not (tmp_path / "train.json").exists()
+
+
+def test_an_exploding_loss_stops(recipe, whole, tmp_path):
+    trainer = make_trainer(recipe, whole, tmp_path, max_steps=20, max_loss_ratio=1.02)
+    trainer.state.mean_loss = 2.0
+    with pytest.raises(UserError, match=r"step 1: the loss is \d\S*, over 1.02 times its running mean 2"):
+        trainer.run()
+
+
+def test_a_gradient_that_is_not_finite_stops(recipe, whole, tmp_path):
+    trainer = make_trainer(recipe, whole, tmp_path, max_steps=3)
+    trainer.parameters[0].register_hook(lambda grad: grad * math.nan)
+    before = weights(trainer)
+    with pytest.raises(UserError, match="step 1: a gradient is not finite; its batch begins with"):
+        trainer.run()
+    assert_close(weights(trainer), before, atol=0)
+
+
+def test_an_error_in_the_model_is_raised_as_it_is(recipe, whole, tmp_path):
+    trainer = make_trainer(recipe, whole, tmp_path, max_steps=3)
+    for example in trainer.train:
+        example.target[:] = [10**6]
+    with pytest.raises(IndexError):
+        trainer.run()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(recipe, whole, tmp_path, number):
+    trainer = make_trainer(recipe, whole, tmp_path, max_steps=6)
+    handler = signal.getsignal(number)
+    load = trainer._batches
+    trainer._batches = lambda steps: ((i == 2 and os.kill(os.getpid(), number)) or b for i, b in enumerate(load(steps)))
+    with pytest.raises(UserError, match="stopped, saved at step"):
+        trainer.run()
+    assert signal.getsignal(number) is handler
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
+
+
+def test_a_finished_run_is_skipped_and_another_configuration_refused(recipe, stage1, capsys):
+    before = (stage1 / "train.json").stat().st_mtime_ns
+    assert main(recipe.train(1, stage1, "training.stage1.max_steps=3")) == 0
+    assert "trained already" in capsys.readouterr().out and (stage1 / "train.json").stat().st_mtime_ns == before
+    assert main(recipe.train(1, stage1, "training.stage1.max_steps=3", "training.stage1.lr=0.5")) == 1
+    assert "training.stage1.lr (0.001 there, 0.5 asked); choose another --exp-dir" in capsys.readouterr().err
+
+
+def test_what_is_not_learnt_from_may_change(recipe, stage1):
+    free = ["training.stage1.save_every=9", "decoding.beam=1", "training.stage2.lr=0.5"]
+    assert main(recipe.train(1, stage1, "training.stage1.max_steps=3", *free)) == 0
+    assert config.load(stage1 / "config.yaml", recipes.Config).training.stage2.lr == 0.5
+
+
+def test_changed_lists_are_refused(recipe, stage1, capsys):
+    sums = recipe.data / "lists" / "all" / "SHA256SUMS"
+    text = sums.read_text()
+    try:
+        sums.write_text(text[::-1])
+        assert main(recipe.train(1, stage1, "training.stage1.max_steps=3")) == 1
+    finally:
+        sums.write_text(text)
+    assert "what it was trained from has changed since (lists)" in capsys.readouterr().err
+
+
+def test_stage_2_begins_from_the_weights_of_stage_1(recipe, stage1, tmp_path):
+    run_dir = tmp_path / "zipper_soft_full"
+    assert main(recipe.train(2, run_dir, "--init", str(stage1), "training.stage2.max_steps=1")) == 0
+    link, source = run_dir / "init/trainable.safetensors", stage1 / "checkpoints/step-3/trainable.safetensors"
+    assert link.read_bytes() == source.read_bytes() and runs.final_weights(stage1) == source
+    stage1_names, stage2_names = set(load_file(source)), set(load_file(runs.final_weights(run_dir)))
+    assert "encoder.conv1.weight" in stage1_names - stage2_names
+
+
+def test_stage_2_needs_a_finished_stage_1(recipe, tmp_path, capsys):
+    assert main(recipe.train(2, tmp_path / "run", "--init", str(tmp_path / "nothing"))) == 1
+    assert "nothing: not a finished run" in capsys.readouterr().err
+    assert main(recipe.train(2, tmp_path / "run")) == 1
+    assert "give its directory with --init" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_share_a_directory(recipe, tmp_path, capsys):
+    with files.lock(tmp_path):
+        assert main(recipe.train(1, tmp_path)) == 1
+    assert "another run is writing here" in capsys.readouterr().err

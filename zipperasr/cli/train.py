@@ -1,0 +1,95 @@
+"""Train stage 1 or stage 2 of a recipe; run again, it goes on where it stopped. Several GPUs: under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zipperasr import files
+from zipperasr.cli import recipe
+from zipperasr.errors import UserError
+from zipperasr.training import runs
+
+if TYPE_CHECKING:
+    from zipperasr.training.trainer import Trainer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--conf", required=True, help="YAML file")
+    parser.add_argument("--stage", required=True, type=int, choices=(1, 2))
+    parser.add_argument("--data-dir", required=True, type=Path)
+    parser.add_argument("--run-dir", required=True, type=Path, help="written: config.yaml, log.jsonl, checkpoints, ...")
+    parser.add_argument("--init", type=Path, help="run directory of stage 1, for stage 2")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values laid over the configuration")
+
+
+def run(args: argparse.Namespace) -> None:
+    if (args.stage == 2) != (args.init is not None):
+        raise UserError("--stage 2 begins from a stage-1 run: give its directory with --init (and stage 1 takes none)")
+    whole = recipe.load(args.conf, overrides=args.overrides)
+    adapter = whole.model.adapter if args.stage == 2 else None
+    whole = whole.model_copy(update={"stage": args.stage, "model": whole.model.model_copy(update={"adapter": adapter})})
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    with files.lock(args.run_dir) if is_first else nullcontext():
+        if is_first:
+            _begin(args, whole)
+        if (args.run_dir / runs.FINISHED).is_file():
+            print(f"{args.run_dir}: trained already")
+            return
+        _trainer(args, whole).run()
+        if is_first:
+            print(f"{args.run_dir}: trained")
+
+
+def _begin(args: argparse.Namespace, whole: recipe.Config) -> None:
+    setting = getattr(whole.training, f"stage{args.stage}").setting
+    lists = args.data_dir / "lists" / setting / "SHA256SUMS"
+    if not lists.is_file():
+        raise UserError(f"{lists}: no lists of setting '{setting}'; run stage 2 of the recipe first")
+    inputs = {"lists": files.sha256(lists)}
+    if args.init:
+        runs.final_weights(args.init)
+        inputs["init"] = files.sha256(args.init / runs.FINISHED)
+    bound = ("stage", "data.features", "data.packing", "model", f"training.stage{args.stage}")
+    runs.begin(args.run_dir, settings=whole, inputs=inputs, bound=bound)
+    if args.init:
+        runs.link_init(args.run_dir, args.init)
+
+
+def _trainer(args: argparse.Namespace, whole: recipe.Config) -> Trainer:
+    import torch
+
+    from zipperasr.data.packing import tokenize
+    from zipperasr.data.utterances import load_utterances
+    from zipperasr.model.checkpoint import build, load_trainable
+    from zipperasr.training.engine import prepare_process
+    from zipperasr.training.trainer import Trainer
+
+    prepare_process()
+    settings = getattr(whole.training, f"stage{args.stage}")
+    torch.manual_seed(settings.seed)  # of fresh parameters
+    model = build(whole.model, args.stage)
+    if args.init:
+        load_trainable(model, runs.final_weights(args.init).parent, stage=1)
+    train, dev = (
+        tokenize(
+            load_utterances(args.data_dir, settings.setting, part, None, whole.data.features),
+            model.tokenizer,
+            whole.data.packing,
+        )
+        for part in ("train", "dev")
+    )
+    if not train:
+        raise UserError(f"data.lists.settings.{settings.setting}.train: no utterances; name a set with a list")
+    return Trainer(
+        model,
+        train=train,
+        dev=dev,
+        settings=settings,
+        packing=whole.data.packing,
+        encoder=whole.model.encoder,
+        run_dir=args.run_dir,
+    )

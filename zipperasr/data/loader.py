@@ -1,0 +1,42 @@
+"""The micro-batches of one rank, read by worker processes in the order of the plan."""
+
+import signal
+from collections.abc import Sequence
+
+from torch.utils.data import DataLoader, Dataset
+
+from zipperasr.data.packing import Batch, Example, Plan, make_batch
+
+
+class MicroBatches(Dataset):
+    """Maps (step, slot) to its micro-batch: whichever worker is asked, whenever, the answer is the same."""
+
+    def __init__(self, examples: Sequence[Example], plan: Plan):
+        self.examples, self.plan = examples, plan
+
+    def __getitem__(self, at: tuple[int, int]) -> Batch:
+        rows = self.plan.slot_rows(*at)
+        return make_batch([[self.examples[index] for index in row] for row in rows])
+
+
+def load_batches(
+    examples: Sequence[Example], plan: Plan, *, steps: range, rank: int, num_ranks: int, num_workers: int
+) -> DataLoader:
+    """This rank's micro-batches of `steps` (counted over all epochs): `plan.num_slots / num_ranks` for each step.
+
+    One set of workers lives through all epochs.
+    """
+    order = [(step, slot) for step in steps for slot in range(rank, plan.num_slots, num_ranks)]
+    return DataLoader(
+        MicroBatches(examples, plan),
+        sampler=order,
+        batch_size=None,
+        num_workers=num_workers,
+        worker_init_fn=_ignore_signals,
+    )
+
+
+def _ignore_signals(worker: int) -> None:
+    """The trainer alone decides what a signal to the whole process group means; workers end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

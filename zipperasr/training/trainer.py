@@ -1,0 +1,258 @@
+"""The training loop: token-sum loss over the global batch, resumable at every checkpoint.
+
+Legend: U utterances of a micro-batch, L languages. Losses are in nats a token.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from zipperasr import files
+from zipperasr.data.loader import load_batches
+from zipperasr.data.packing import Batch, Example, PackingSettings, Plan, pack
+from zipperasr.errors import UserError
+from zipperasr.model import EncoderSettings
+from zipperasr.training import StageSettings, checkpoints, runs
+from zipperasr.training.engine import learning_rate, set_learning_rate, start
+from zipperasr.training.log import RunLog
+
+MEMORY = 0.98
+"""Weight of the past in the running mean of the loss."""
+
+Losses = list[tuple[Batch, Tensor]]
+"""Micro-batches with the loss of each utterance, summed over its tokens [U]."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over all micro-batches of all ranks."""
+
+    losses: dict[str, float]
+    num_targets: dict[str, float]  # tokens that the loss covers
+    num_tokens: float  # LLM positions
+    audio_s: float
+    num_stopping: float  # ranks that were asked to stop
+    num_failing: float  # ranks with an exception
+
+    @property
+    def loss(self) -> float:
+        return sum(self.losses.values()) / sum(self.num_targets.values())
+
+    @property
+    def loss_per_lang(self) -> dict[str, float]:
+        return {lang: self.losses[lang] / n for lang, n in self.num_targets.items() if n}
+
+
+class Trainer:
+    """Trains what requires gradients in `model`, from the newest checkpoint of `run_dir` to the last step.
+
+    model(batch, chunk_s) gives `loss_sum`, summed over the tokens of the micro-batch, and `utt_loss` [U], detached.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        train: Sequence[Example],
+        dev: Sequence[Example],
+        settings: StageSettings,
+        packing: PackingSettings,
+        encoder: EncoderSettings,
+        run_dir: Path,
+    ):
+        self.settings, self.packing, self.encoder, self.run_dir = settings, packing, encoder, run_dir
+        self.engine = start(model, settings)
+        self.rank, self.num_ranks = self.engine.global_rank, self.engine.world_size
+        self.parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
+        self.langs = sorted({x.utterance.lang for x in [*train, *dev]})
+        self.train, self.dev = train, dev
+        self.plan = self._plan(train, num_slots=self.num_ranks * settings.accumulation)
+        self.total_steps = settings.max_steps or settings.epochs * self.plan.steps_per_epoch
+        if self.rank == 0:
+            checkpoints.clean(run_dir)
+            runs.write_trainable(run_dir, self.engine.module)
+        self.state = checkpoints.resume(self.engine, run_dir=run_dir)
+
+    def run(self) -> None:
+        """Take the remaining steps and write train.json.
+
+        Raises UserError when a loss or gradient is not finite or the loss explodes, naming the utterances; and after
+        SIGTERM or SIGINT, once a checkpoint is saved.
+        """
+        settings, state = self.settings, self.state
+        log = RunLog(self.run_dir, start=state.step, total=self.total_steps, every=settings.log_every, rank=self.rank)
+        batches = self._batches(range(state.step, self.total_steps))
+        with log, StopSignal() as stop:
+            while state.step < self.total_steps:
+                began = time.monotonic()
+                totals, row = self._step(next(batches), is_stopping=stop.is_set)
+                elapsed_s = time.monotonic() - began
+                row |= {"tokens_per_s": totals.num_tokens / elapsed_s, "audio_s_per_s": totals.audio_s / elapsed_s}
+                is_last = state.step == self.total_steps
+                if is_last or (settings.dev_every and state.step % settings.dev_every == 0):
+                    row |= self.evaluate()
+                log.write(row)
+                state.audio_s += totals.audio_s
+                state.wall_s += time.monotonic() - began
+                if is_last or totals.num_stopping or state.step % settings.save_every == 0:
+                    checkpoints.save(self.engine, state, run_dir=self.run_dir, keep_last=settings.keep_last)
+                if totals.num_stopping and not is_last:
+                    raise UserError(f"{self.run_dir}: stopped, saved at step {state.step}; run it again to go on")
+        if self.rank == 0:
+            self._finish()
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """The loss of the dev lists, whole and by language; nothing without dev lists."""
+        if not self.dev:
+            return {}
+        self.engine.module.eval()
+        chunk_s = self.encoder.decode_chunk_s if self.encoder.context == "chunked" else None
+        plan = self._plan(self.dev, num_slots=self.num_ranks)
+        batches = self._load(self.dev, plan, range(plan.steps_per_epoch))
+        losses = [(b, self.engine.module(b.to(self.engine.device), chunk_s).utt_loss) for b in batches if b.ids]
+        totals = self._sum_over_ranks(losses)
+        return {"dev_loss": totals.loss, "dev_loss_per_lang": totals.loss_per_lang}
+
+    def _plan(self, examples: Sequence[Example], *, num_slots: int) -> Plan:
+        rows = pack(examples, max_tokens=self.packing.max_tokens_per_row, seed=self.settings.seed)
+        return Plan(rows, getattr(self.packing.rows_per_batch, self.encoder.context), num_slots, self.settings.seed)
+
+    def _load(self, examples: Sequence[Example], plan: Plan, steps: range) -> Iterator[Batch]:
+        ranks = {"rank": self.rank, "num_ranks": self.num_ranks}
+        return iter(load_batches(examples, plan, steps=steps, num_workers=self.settings.num_workers, **ranks))
+
+    def _batches(self, steps: range) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each step."""
+        loaded = self._load(self.train, self.plan, steps)
+        while batches := list(islice(loaded, self.settings.accumulation)):
+            yield batches
+
+    def _step(self, batches: list[Batch], *, is_stopping: bool) -> tuple[Totals, dict[str, Any]]:
+        """Take one optimizer step on the global batch; its sums and what to log.
+
+        Gradients stay on their rank until its micro-batches are added up, and are then reduced once, in the order of
+        the parameters: ranks may see different languages, and so reach different parameters in a different order.
+        """
+        engine, state = self.engine, self.state
+        draw = random.Random(f"step {self.settings.seed} {state.step}")
+        chunk_s = draw.choice(self.encoder.chunk_durations_s) if self.encoder.context == "chunked" else None
+        torch.manual_seed(draw.getrandbits(62) + self.rank)
+        lr = learning_rate(state.step, total_steps=self.total_steps, settings=self.settings)
+        set_learning_rate(engine, lr)
+        engine.module.train()
+        losses: Losses = []
+        error = None
+        with engine.coalesce_grad_reduction():
+            try:
+                for batch in batches:
+                    if batch.ids:
+                        output = engine(batch.to(engine.device), chunk_s)
+                        engine.backward(output.loss_sum)
+                        losses.append((batch, output.utt_loss))
+            except Exception as caught:  # the other ranks are waiting: tell them before it is raised
+                error = caught
+            totals = self._sum_over_ranks(losses, is_stopping=is_stopping, is_failing=error is not None)
+            if not totals.num_failing:
+                self._scale_gradients(self.num_ranks / sum(totals.num_targets.values()))
+        if totals.num_failing:
+            raise error or RuntimeError("another rank failed; its own message says why")
+        self._check_loss(totals.loss, losses)
+        engine.step()
+        if not engine.was_step_applied():
+            self._stop_at(losses, "a gradient is not finite")
+        state.step += 1
+        epoch = round(state.step / self.plan.steps_per_epoch, 4)
+        row = {"step": state.step, "epoch": epoch, "loss": totals.loss, "loss_per_lang": totals.loss_per_lang, "lr": lr}
+        return totals, {**row, "grad_norm": float(engine.get_global_grad_norm()), "chunk_s": chunk_s}
+
+    def _sum_over_ranks(self, losses: Losses, *, is_stopping: bool = False, is_failing: bool = False) -> Totals:
+        """The one synchronisation of a step."""
+        where = {lang: i for i, lang in enumerate(self.langs)}
+        device, num_targets = self.engine.device, Counter()
+        sums = torch.zeros(len(where), dtype=torch.float64, device=device)  # [L]
+        for batch, utt_loss in losses:
+            sums.index_add_(0, torch.tensor([where[lang] for lang in batch.langs], device=device), utt_loss.double())
+            for lang, target in zip(batch.langs, batch.targets, strict=True):
+                num_targets[lang] += len(target)
+        counts = [sum(b.num_tokens for b, _ in losses), sum(b.audio_s for b, _ in losses), is_stopping, is_failing]
+        counts = torch.tensor([*(num_targets[lang] for lang in self.langs), *counts], dtype=sums.dtype, device=device)
+        sums = torch.cat([sums, counts])
+        distributed.all_reduce(sums)
+        numbers = iter(sums.tolist())
+        by_lang = [dict(zip(self.langs, islice(numbers, len(self.langs)), strict=True)) for _ in range(2)]
+        return Totals(*by_lang, *numbers)
+
+    def _scale_gradients(self, factor: float) -> None:
+        """Make every parameter's gradient exist on every rank, `factor` times what it is.
+
+        The engine averages over ranks: a factor of `num_ranks` / targets of the global batch makes that a token mean.
+        """
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        torch._foreach_mul_([p.grad for p in self.parameters], factor)
+
+    def _check_loss(self, loss: float, losses: Losses) -> None:
+        """Stop at a loss that is not finite or has exploded; else follow its running mean."""
+        mean, ratio = self.state.mean_loss, self.settings.max_loss_ratio
+        if not math.isfinite(loss):
+            self._stop_at(losses, f"the loss is {loss}")
+        if mean is not None and loss > ratio * max(mean, 1):
+            self._stop_at(losses, f"the loss is {loss:.3g}, over {ratio:g} times its running mean {mean:.3g}")
+        self.state.mean_loss = loss if mean is None else MEMORY * mean + (1 - MEMORY) * loss
+
+    def _stop_at(self, losses: Losses, reason: str) -> None:
+        """Write the global batch to bad_batch.json, worst utterances first, and raise UserError."""
+        mine = [
+            {"id": utt_id, "lang": lang, "loss": loss / len(target)}
+            for batch, utt_loss in losses
+            for utt_id, lang, target, loss in zip(batch.ids, batch.langs, batch.targets, utt_loss.tolist(), strict=True)
+        ]
+        parts: list[Any] = [None] * self.num_ranks
+        distributed.all_gather_object(parts, mine)
+        worst = sorted(chain(*parts), key=lambda x: (math.isfinite(x["loss"]), -x["loss"]))
+        path = self.run_dir / "bad_batch.json"
+        if self.rank == 0:
+            files.write_json(path, {"step": self.state.step + 1, "reason": reason, "utterances": worst})
+        named = ", ".join(x["id"] for x in worst[:5])
+        raise UserError(
+            f"{self.run_dir}: step {self.state.step + 1}: {reason}; its batch begins with {named} (all in {path}); "
+            "mend or remove what is wrong with them, or lower the learning rate in another --exp-dir"
+        )
+
+    def _finish(self) -> None:
+        num_trainable = sum(p.numel() for p in self.parameters)
+        done = asdict(self.state) | {"steps": self.total_steps, "num_trainable": num_trainable}
+        files.write_json(self.run_dir / runs.FINISHED, done)
+        checkpoints.drop_engine(self.run_dir)
+
+
+class StopSignal:
+    """Notes the first SIGTERM or SIGINT, so that the step in hand can be finished; a second one ends the process."""
+
+    is_set = False
+
+    def __enter__(self) -> StopSignal:
+        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        self.is_set = True
+        self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
