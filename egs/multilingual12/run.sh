@@ -93,10 +93,10 @@ decode_and_score() {  # <run>
 
 if begin 0 "corpora and pretrained models"; then
   corpora=$(zipperasr show corpora --conf "$conf")
-  synthetic=$(awk '$3 == "synthetic" { print $1 }' <<<"$corpora")
   real=$(awk '$3 == "real" { print $1 }' <<<"$corpora")
-  # shellcheck disable=SC2086
-  [ -z "$synthetic" ] || python local/make_mini.py --out "$data_dir/corpora" --corpora $synthetic --nj "$nj"
+  awk '$3 != "real" { print $1, $3 }' <<<"$corpora" | while read -r corpus scale; do
+    python local/make_mini.py --out "$data_dir/corpora" --corpora "$corpus" --scale "$scale" --nj "$nj"
+  done
   # shellcheck disable=SC2086
   [ -z "$real" ] || local/download.sh "$data_dir/corpora" $real
   for model in $(zipperasr show pretrained --conf "$conf"); do

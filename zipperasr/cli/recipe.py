@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
+from pydantic import PositiveFloat
+
 from zipperasr import config, languages
 from zipperasr.config import Settings
 from zipperasr.data import DataSettings
@@ -16,11 +18,11 @@ from zipperasr.training import TrainingSettings
 
 
 class CorpusSettings(Settings):
-    """One corpus: `local/prepare_<prepare>.py` reads it; a synthetic one is made by the recipe."""
+    """One corpus, read by `local/prepare_<prepare>.py`; `synthetic`: made by stage 0, at this fraction of its size."""
 
     prepare: str
     langs: list[str]
-    synthetic: bool = False
+    synthetic: PositiveFloat | None = None
 
 
 class Config(Settings):

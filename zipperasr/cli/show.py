@@ -1,6 +1,6 @@
 """Print what a configuration names, a line each, for shell scripts.
 
-corpora: name, preparer, `synthetic` or `real`, languages. sets: every test set that training's settings name.
+corpora: name, preparer, `real` or the size of a synthetic one, languages. sets: every test set that training's settings name.
 pretrained: encoder and LLM. methods: the encoder adapters there are.
 """
 
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _corpora(whole: recipe.Config, args: argparse.Namespace) -> Iterator[str]:
     for name, corpus in whole.corpora.items():
-        yield f"{name} {corpus.prepare} {'synthetic' if corpus.synthetic else 'real'} {' '.join(corpus.langs)}"
+        yield f"{name} {corpus.prepare} {corpus.synthetic or 'real'} {' '.join(corpus.langs)}"
 
 
 def _sets(whole: recipe.Config, args: argparse.Namespace) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from zipperasr import files
 from zipperasr.cli import recipe
 from zipperasr.errors import UserError
+from zipperasr.languages import LANGUAGES
 from zipperasr.training import runs
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def _trainer(args: argparse.Namespace, whole: recipe.Config) -> Trainer:
     model = build(whole.model, args.stage)
     if args.init:
         load_trainable(model, runs.final_weights(args.init).parent, stage=1)
+    embeddings = {lang: model.language_embeddings[lang].tolist() for lang in LANGUAGES if lang in model.language_embeddings}
+    files.write_json(args.run_dir / "language_embeddings.json", embeddings)
     train, dev = (
         tokenize(
             load_utterances(args.data_dir, settings.setting, part, None, whole.data.features),

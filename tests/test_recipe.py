@@ -1,0 +1,78 @@
+"""The recipe from stage 0 to stage 8, shortened: the same run.sh on a fiftieth of the mini corpora, for a few steps."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+RECIPE = Path(__file__).resolve().parents[1] / "egs" / "multilingual12"
+SHORT = {
+    "base": str(RECIPE / "conf" / "mini.yaml"),
+    "corpora": {"read": {"synthetic": 0.02}, "talk": {"synthetic": 0.02}},
+    "training": {stage: {"max_steps": 4, "save_every": 2} for stage in ("stage1", "stage2")},
+    "decoding": {"min_max_tokens": 4, "max_tokens_per_s": 4},
+}
+
+
+def run(work: Path, *args: str) -> subprocess.CompletedProcess:
+    command = [RECIPE / "run.sh", "--conf", work / "short.yaml", "--data-dir", work / "data", "--exp-dir", work / "exp"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*map(str, command), *args], env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    work = tmp_path_factory.mktemp("recipe")
+    (work / "short.yaml").write_text(yaml.safe_dump(SHORT))
+    result = run(work)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert all(f"stage {stage}: " in result.stdout for stage in range(9))
+    return work
+
+
+def files(folder: Path) -> dict[Path, int]:
+    """Every result and when it was written; not the report, which is always drawn anew, nor what says only that."""
+    found = [path for path in folder.rglob("*") if path.is_file() and "report" not in path.parts]
+    logs = ("times.tsv", ".lock", "scores.json", "per_utt", "align")
+    return {path: path.stat().st_mtime_ns for path in found if path.name not in logs and path.suffix != ".log"}
+
+
+def test_every_test_set_is_decoded_scored_and_reported_after_both_stages(work):
+    sets = subprocess.run(
+        [RECIPE / "../../.venv/bin/zipperasr", "show", "--conf", work / "short.yaml", "sets"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert len(sets) == 17
+    for stage_run in ("stage1_full", "zipper_soft_full"):
+        for name in sets:
+            decoded = work / "exp" / stage_run / f"decode_{name}"
+            scores = json.loads((decoded / "scores.json").read_text())
+            references = (decoded / "ref").read_text().splitlines()
+            assert scores["num_utts"] == len(references) > 0 and scores["num_missing"] == 0
+    overview = (work / "exp" / "report" / "README.md").read_text()
+    assert "Zipper-LoRA-Soft" in overview
+    assert len(list((work / "exp" / "report" / "figures").glob("*.png"))) >= 4
+
+
+def test_run_again_it_changes_nothing(work):
+    before = files(work)
+    result = run(work)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert files(work) == before
+
+
+def test_a_checkpoint_of_another_rank_is_refused_in_one_line(work):
+    result = subprocess.run(
+        [RECIPE / "../../.venv/bin/zipperasr", "train", "--conf", work / "short.yaml", "--stage", "2", "--data-dir"]
+        + [work / "data", "--run-dir", work / "exp/other", "--init", work / "exp/stage1_full", "model.llm.lora.rank=4"],
+        capture_output=True,
+        text=True,
+        cwd=RECIPE,
+    )
+    assert result.returncode == 1 and "has shape" in result.stderr
+    assert [line for line in result.stderr.splitlines() if "error:" in line][0].startswith("zipperasr: error:")
