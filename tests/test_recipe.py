@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,11 @@ def run(work: Path, *args: str) -> subprocess.CompletedProcess:
     return subprocess.run([*map(str, command), *args], env=environment, capture_output=True, text=True, timeout=600)
 
 
+def zipperasr(*args: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "zipperasr.cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=RECIPE, timeout=120)
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
     work = tmp_path_factory.mktemp("recipe")
@@ -41,12 +47,7 @@ def files(folder: Path) -> dict[Path, int]:
 
 
 def test_every_test_set_is_decoded_scored_and_reported_after_both_stages(work):
-    sets = subprocess.run(
-        [RECIPE / "../../.venv/bin/zipperasr", "show", "--conf", work / "short.yaml", "sets"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
+    sets = zipperasr("show", "--conf", work / "short.yaml", "sets").stdout.split()
     assert len(sets) == 17
     for stage_run in ("stage1_full", "zipper_soft_full"):
         for name in sets:
@@ -67,12 +68,8 @@ def test_run_again_it_changes_nothing(work):
 
 
 def test_a_checkpoint_of_another_rank_is_refused_in_one_line(work):
-    result = subprocess.run(
-        [RECIPE / "../../.venv/bin/zipperasr", "train", "--conf", work / "short.yaml", "--stage", "2", "--data-dir"]
-        + [work / "data", "--run-dir", work / "exp/other", "--init", work / "exp/stage1_full", "model.llm.lora.rank=4"],
-        capture_output=True,
-        text=True,
-        cwd=RECIPE,
-    )
-    assert result.returncode == 1 and "has shape" in result.stderr
-    assert [line for line in result.stderr.splitlines() if "error:" in line][0].startswith("zipperasr: error:")
+    where = ["--conf", work / "short.yaml", "--data-dir", work / "data", "--run-dir", work / "exp" / "other"]
+    result = zipperasr("train", *where, "--stage", "2", "--init", work / "exp" / "stage1_full", "model.llm.lora.rank=4")
+    assert result.returncode == 1
+    (error,) = (line for line in result.stderr.splitlines() if "error" in line)
+    assert error.startswith("zipperasr: error:") and "has shape" in error

@@ -77,7 +77,7 @@ def fingerprint(value: object) -> str:
 
 
 def is_done(directory: Path | str, key: str, *, name: str = ".done") -> bool:
-    """Whether `directory` was finished (`mark_done`) with the same `key`; `name` tells apart what shares a directory."""
+    """Whether `directory` was finished (`mark_done`) with the same `key`; `name` tells what is done."""
     marker = Path(directory) / name
     return marker.is_file() and marker.read_text() == key
 

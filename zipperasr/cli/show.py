@@ -1,7 +1,7 @@
 """Print what a configuration names, a line each, for shell scripts.
 
-corpora: name, preparer, `real` or the size of a synthetic one, languages. sets: every test set that training's settings name.
-pretrained: encoder and LLM. methods: the encoder adapters there are.
+corpora: name, preparer, `real` or the size of a synthetic one, languages. sets: every test set that the settings of
+training name. pretrained: encoder and LLM. methods: the encoder adapters there are.
 """
 
 import argparse

@@ -75,7 +75,7 @@ def _trainer(args: argparse.Namespace, whole: recipe.Config) -> Trainer:
     model = build(whole.model, args.stage)
     if args.init:
         load_trainable(model, runs.final_weights(args.init).parent, stage=1)
-    embeddings = {lang: model.language_embeddings[lang].tolist() for lang in LANGUAGES if lang in model.language_embeddings}
+    embeddings = {lang: e.tolist() for lang, e in model.language_embeddings.items() if lang in LANGUAGES}
     files.write_json(args.run_dir / "language_embeddings.json", embeddings)
     train, dev = (
         tokenize(
