@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 
@@ -51,7 +52,7 @@ def make_trainer(recipe, whole, run_dir, *, stage=2, rows=2, packing=None, model
         model,
         train=train,
         dev=dev,
-        settings=StageSettings(setting="all", num_workers=0, lr=1e-3, **settings),
+        settings=StageSettings(**{"setting": "all", "num_workers": 0, "lr": 1e-3, **settings}),
         packing=packing,
         encoder=encoder or whole.model.encoder,
         run_dir=run_dir,
@@ -211,14 +212,14 @@ def test_an_error_in_the_model_is_raised_as_it_is(recipe, whole, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_and_saves(recipe, whole, tmp_path, number):
-    trainer = make_trainer(recipe, whole, tmp_path, max_steps=6)
+def test_a_signal_finishes_the_step_saves_and_ends_the_workers(recipe, whole, tmp_path, number):
+    trainer = make_trainer(recipe, whole, tmp_path, max_steps=6, num_workers=2)
     handler = signal.getsignal(number)
     load = trainer._batches
     trainer._batches = lambda steps: ((i == 2 and os.kill(os.getpid(), number)) or b for i, b in enumerate(load(steps)))
     with pytest.raises(UserError, match="stopped, saved at step"):
         trainer.run()
-    assert signal.getsignal(number) is handler
+    assert signal.getsignal(number) is handler and not multiprocessing.active_children()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
 
 

@@ -11,6 +11,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -93,8 +94,8 @@ class Trainer:
         """
         settings, state = self.settings, self.state
         log = RunLog(self.run_dir, start=state.step, total=self.total_steps, every=settings.log_every, rank=self.rank)
-        batches = self._batches(range(state.step, self.total_steps))
-        with log, StopSignal() as stop:
+        batches = closing(self._batches(range(state.step, self.total_steps)))  # closing ends the loader's workers
+        with log, batches as batches, StopSignal() as stop:
             while state.step < self.total_steps:
                 began = time.monotonic()
                 totals, row = self._step(next(batches), is_stopping=stop.is_set)
