@@ -155,6 +155,15 @@ def test_changed_pins_bring_the_environment_up_to_date(checkout):
     assert [line.split()[1] for line in asked(checkout)] == ["pip", "pip", "pip"]
 
 
+def test_a_failed_update_leaves_the_environment_for_the_next_try(checkout):
+    source_path_sh(checkout)
+    (checkout / "constraints.txt").write_text("torch==0\n")
+    assert source_path_sh(checkout, FAIL="yes").returncode == 1
+    asked(checkout)
+    assert source_path_sh(checkout).returncode == 0
+    assert [line.split()[1] for line in asked(checkout)] == ["pip", "pip", "pip"]
+
+
 def test_a_moved_checkout_gets_a_new_environment(checkout, tmp_path):
     source_path_sh(checkout)
     (checkout / ".venv" / ".complete").write_text("/elsewhere 0 -\n")

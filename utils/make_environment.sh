@@ -38,6 +38,7 @@ step() {  # <what> <command ...>: one line on the terminal, the rest in the log
   if ! "$@" >>"$log" 2>&1; then
     echo "failed" >&2
     tail -n 12 "$log" >&2
+    [ -n "${is_new:-}" ] || rm .venv/.incomplete  # an update that pip gives up leaves the old versions whole
     fail "$what failed, see above and $PWD/$log; mend the network, pip's configuration or the disk (5 GB) and run again"
   fi
   echo "$((SECONDS - start)) s" >&2
@@ -75,6 +76,7 @@ rm -f .venv/.complete
 : >"$log"
 if [ ! -x .venv/bin/python ]; then
   python=$(find_python)
+  is_new=yes
   echo "path.sh: making the environment in $PWD/.venv, once, with $("$python" --version)" >&2
   step "virtual environment" "$python" -m venv .venv
 fi
