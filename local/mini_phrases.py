@@ -4,7 +4,6 @@ Each language has a closed inventory: about 60 names and the cardinal numbers 0 
 combinations of known words. A phrase belongs to one part of the data (`part`), whatever corpus it is used in.
 """
 
-# ruff: noqa: SIM905 - lists of plain words read better split from a line
 import functools
 import re
 from collections.abc import Iterator

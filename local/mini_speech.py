@@ -5,7 +5,6 @@ short-lived child processes: each handles one fixed chunk of utterances in order
 utterances and their chunk, never on the number of jobs, the order of chunks, or what the caller did before.
 """
 
-# ruff: noqa: SIM905 - lists of plain words read better split from a line
 import ctypes
 import functools
 import hashlib
