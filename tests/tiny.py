@@ -27,35 +27,41 @@ class Pretrained(NamedTuple):
     lm: Path
 
 
-def make_pretrained(folder: Path, *, seed: int = 0, num_mel_bins: int = 80, n_audio_ctx: int = 1500) -> Pretrained:
-    """Write both models under `folder`: 2 layers each, encoder width 16, LLM width 32, vocabulary about 450."""
+def make_pretrained(
+    folder: Path, *, seed: int = 0, num_mel_bins: int = 80, n_audio_ctx: int = 1500, width: int = 16, **lm
+) -> Pretrained:
+    """Write both models under `folder`: 2 layers each, vocabulary about 450; `lm` are arguments of `make_lm`."""
     paths = Pretrained(Path(folder) / "whisper", Path(folder) / "lm")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        save_whisper(paths.whisper, make_whisper(num_mel_bins, n_audio_ctx), {c: i for i, c in enumerate(LANGUAGES)})
+        whisper = make_whisper(num_mel_bins, n_audio_ctx, width)
+        save_whisper(paths.whisper, whisper, {c: i for i, c in enumerate(LANGUAGES)})
         paths.lm.mkdir(parents=True, exist_ok=True)
         tokenizer = make_tokenizer(paths.lm / "tokenizer.model")
-        make_lm(tokenizer.vocab_size(), tokenizer.eos_id()).save_pretrained(paths.lm)
+        make_lm(tokenizer.vocab_size(), tokenizer.eos_id(), **lm).save_pretrained(paths.lm)
     return paths
 
 
-def make_whisper(num_mel_bins: int = 80, n_audio_ctx: int = 1500) -> Whisper:
-    """A Whisper of 2 + 1 layers, width 16, with random weights."""
-    dims = ModelDimensions(
-        num_mel_bins, n_audio_ctx, 16, 2, 2, n_vocab=32, n_text_ctx=8, n_text_state=16, n_text_head=2, n_text_layer=1
-    )
+def make_whisper(num_mel_bins: int = 80, n_audio_ctx: int = 1500, width: int = 16) -> Whisper:
+    """A Whisper of 2 + 1 layers with random weights."""
+    text = {"n_vocab": 32, "n_text_ctx": 8, "n_text_state": width, "n_text_head": 2, "n_text_layer": 1}
+    dims = ModelDimensions(num_mel_bins, n_audio_ctx, width, 2, 2, **text)
     model = Whisper(dims)
     torch.nn.init.normal_(model.decoder.positional_embedding, std=0.01)  # openai-whisper leaves it uninitialised
     return model.eval()
 
 
-def make_lm(vocab_size: int, eos_id: int) -> Qwen3ForCausalLM:
-    """A Qwen3 of 2 layers, width 32, tied embeddings."""
+def make_lm(vocab_size: int, eos_id: int, *, lm_width: int = 32, embedding_std: float = 0.02) -> Qwen3ForCausalLM:
+    """A random Qwen3 of 2 layers with tied embeddings, which scale its logits: it can only learn what they can tell."""
     config = Qwen3Config(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=eos_id,
+        vocab_size=vocab_size, hidden_size=lm_width, intermediate_size=2 * lm_width, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=lm_width // 4, max_position_embeddings=4096,
+        tie_word_embeddings=True, eos_token_id=eos_id,
     )  # fmt: skip
-    return Qwen3ForCausalLM(config).eval()
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight *= embedding_std / config.initializer_range
+    return model.eval()
 
 
 def make_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
