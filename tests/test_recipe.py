@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from zipperasr import files
+
 RECIPE = Path(__file__).resolve().parents[1] / "egs" / "multilingual12"
 SHORT = {
     "base": str(RECIPE / "conf" / "mini.yaml"),
@@ -39,11 +41,15 @@ def work(tmp_path_factory) -> Path:
     return work
 
 
-def files(folder: Path) -> dict[Path, int]:
-    """Every result and when it was written; not the report, which is always drawn anew, nor what says only that."""
-    found = [path for path in folder.rglob("*") if path.is_file() and "report" not in path.parts]
-    logs = ("times.tsv", ".lock", "scores.json", "per_utt", "align")
-    return {path: path.stat().st_mtime_ns for path in found if path.name not in logs and path.suffix != ".log"}
+def contents(folder: Path) -> dict[Path, str]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path: files.sha256(path) for path in found if path.name != "times.tsv" and path.suffix != ".log"}
+
+
+def times(folder: Path) -> dict[Path, int]:
+    """When everything that takes long was written."""
+    found = (path for end in ("flac", "npy", "safetensors", "gz", "hyp") for path in folder.rglob(f"*{end}"))
+    return {path: path.stat().st_mtime_ns for path in found}
 
 
 def test_every_test_set_is_decoded_scored_and_reported_after_both_stages(work):
@@ -61,10 +67,10 @@ def test_every_test_set_is_decoded_scored_and_reported_after_both_stages(work):
 
 
 def test_run_again_it_changes_nothing(work):
-    before = files(work)
+    before = contents(work), times(work)
     result = run(work)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert files(work) == before
+    assert (contents(work), times(work)) == before
 
 
 def test_a_checkpoint_of_another_rank_is_refused_in_one_line(work):

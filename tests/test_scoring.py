@@ -159,7 +159,7 @@ def test_the_shell_script_scores_in_a_batch(tmp_path):
     directory = decode_directory(tmp_path, "de", {"u1": "a b"}, {"u1": "a"})
     command = tmp_path / "bin" / "zipperasr"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m zipperasr.cli "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m zipperasr.cli "$@"\n')
     command.chmod(0o755)
     environment = os.environ | {"PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
     for arguments, status in (([directory], 0), ([directory, tmp_path], 1), ([], 1)):

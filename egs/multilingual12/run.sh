@@ -52,7 +52,8 @@ cd "$here"
 case $name in mini) : "${data_dir:=data}" ;; *) : "${data_dir:=data/${name%%_*}}" ;; esac
 : "${exp_dir:=exp/$name}"
 [ "$ngpu" -gt 0 ] || export CUDA_VISIBLE_DEVICES=
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}  # for training; where jobs run in parallel each takes one
+ranks=$((ngpu > 0 ? ngpu : 2))  # of training; on a CPU always two, so that results do not depend on the machine
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 methods=${method//,/ }
 [ "$method" != all ] || methods=$(zipperasr show methods --conf "$conf")
 for method in $methods; do
@@ -79,15 +80,13 @@ end() {
 }
 
 train() {  # <stage 1 or 2> <run> [option ...]
-  local launcher=(python)
-  [ "$ngpu" -le 1 ] || launcher=(torchrun --standalone --nproc-per-node "$ngpu")
-  "${launcher[@]}" -m zipperasr.cli train --conf "$conf" --stage "$1" --run-dir "$exp_dir/$2" --data-dir "$data_dir" \
+  zipperasr train --conf "$conf" --stage "$1" --run-dir "$exp_dir/$2" --data-dir "$data_dir" --ranks "$ranks" \
     "${@:3}" "model.encoder.context=$encoder"
 }
 
 decode_and_score() {  # <run>
   local run=$exp_dir/$1
-  OMP_NUM_THREADS=1 zipperasr decode --run-dir "$run" --data-dir "$data_dir" --nj "$nj" --sets "${sets[@]}"
+  zipperasr decode --run-dir "$run" --data-dir "$data_dir" --nj "$nj" --sets "${sets[@]}"
   local/score.sh "${sets[@]/#/$run/decode_}"
 }
 
@@ -118,7 +117,7 @@ if begin 2 "utterance lists"; then
 fi
 
 if begin 3 "features"; then
-  OMP_NUM_THREADS=1 zipperasr features --conf "$conf" --data-dir "$data_dir" --nj "$nj"
+  zipperasr features --conf "$conf" --data-dir "$data_dir" --nj "$nj"
 fi
 
 if begin 4 "Stage-1 training"; then

@@ -1,9 +1,10 @@
-"""Train stage 1 or stage 2 of a recipe; run again, it goes on where it stopped. Several GPUs: under torchrun."""
+"""Train stage 1 or stage 2 of a recipe; run again, it goes on where it stopped."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from zipperasr.cli import recipe
 from zipperasr.errors import UserError
 from zipperasr.languages import LANGUAGES
 from zipperasr.training import runs
+from zipperasr.training.launch import launch
 
 if TYPE_CHECKING:
     from zipperasr.training.trainer import Trainer
@@ -24,10 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", required=True, type=Path)
     parser.add_argument("--run-dir", required=True, type=Path, help="written: config.yaml, log.jsonl, checkpoints, ...")
     parser.add_argument("--init", type=Path, help="run directory of stage 1, for stage 2")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="processes that share each batch, as many as GPUs (default: 1)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values laid over the configuration")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
+    if args.ranks > 1 and "RANK" not in os.environ:
+        return launch(sys.argv[1:], num_ranks=args.ranks)
     if (args.stage == 2) != (args.init is not None):
         raise UserError("--stage 2 begins from a stage-1 run: give its directory with --init (and stage 1 takes none)")
     whole = recipe.load(args.conf, overrides=args.overrides)
@@ -39,10 +46,11 @@ def run(args: argparse.Namespace) -> None:
             _begin(args, whole)
         if (args.run_dir / runs.FINISHED).is_file():
             print(f"{args.run_dir}: trained already")
-            return
+            return 0
         _trainer(args, whole).run()
         if is_first:
             print(f"{args.run_dir}: trained")
+    return 0
 
 
 def _begin(args: argparse.Namespace, whole: recipe.Config) -> None:

@@ -39,7 +39,10 @@ OUTPUTS = ("hyp", "ref", "utts.jsonl", "timing.json", "meta.json")
 
 @dataclass(frozen=True)
 class Job:
-    """One set to decode with one checkpoint of a run; `key` is a digest of all that the result depends on."""
+    """One set to decode with one checkpoint of a run.
+
+    `model` is a digest of the weights and their settings, `key` of all that the result depends on.
+    """
 
     run_dir: Path
     step: int
@@ -49,6 +52,7 @@ class Job:
     set: str
     features: FeatureSettings
     decoding: DecodingSettings
+    model: str
     key: str
 
     @property
@@ -85,16 +89,16 @@ def plan(
     """
     checkpoint = find_checkpoint(run_dir, step)
     weights = [folder / WEIGHTS for folder in (run_dir / "init", checkpoint) if (folder / WEIGHTS).is_file()]
-    common = [run.model_dump(), decoding.model_dump(), *map(files.sha256, weights)]
+    model = files.fingerprint([run.model_dump(), *map(files.sha256, weights)])
     jobs = []
     for name in dict.fromkeys(sets):
         where = _setting_of(name, data, first=setting)
         inputs = [lists.find(data_dir, where, "test").get(name), manifests.path_of(data_dir, name)]
         if not all(path and path.is_file() for path in inputs):
             raise UserError(f"{name}: no list or no manifest in {data_dir}; run stages 1 and 2 again")
-        key = files.fingerprint([*common, *map(files.sha256, inputs)])
+        key = files.fingerprint([model, decoding.model_dump(), *map(files.sha256, inputs)])
         at = int(checkpoint.name.removeprefix("step-"))
-        jobs.append(Job(run_dir, at, run, data_dir, where, name, data.features, decoding, key))
+        jobs.append(Job(run_dir, at, run, data_dir, where, name, data.features, decoding, model, key))
     return jobs
 
 

@@ -38,7 +38,7 @@ def decode_share(job: Job, utterances: Sequence[Utterance], share: int, num_shar
     if num_shares > 1:
         torch.set_num_threads(1)
     device = f"cuda:{share % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    model = _load(job.run_dir, job.step, job.key, device).merged(job.lang)
+    model = _load(job.run_dir, job.step, job.model, device).merged(job.lang)
     prompt_tokens = len(prompts.prompt_ids(model.tokenizer, job.lang))
     path = job.directory / f"part.{job.key}.{uuid.uuid4().hex[:8]}.jsonl"
     bar = tqdm(total=len(utterances), desc=job.set, unit="utt", mininterval=1, disable=True if share else None)
@@ -77,8 +77,8 @@ def batches(
 
 
 @functools.lru_cache(maxsize=1)
-def _load(run_dir: Path, step: int, key: str, device: str) -> SpeechLLM:
-    """The run's model: loaded once per process, and again if the run has been trained anew (`key`)."""
+def _load(run_dir: Path, step: int, digest: str, device: str) -> SpeechLLM:
+    """The run's model: loaded once per process, and again if the run has been trained anew (`digest`)."""
     return load_run(run_dir, step).to(device, torch.float32 if device == "cpu" else torch.bfloat16)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,7 @@ def start(model: nn.Module, settings: StageSettings) -> DeepSpeedEngine:
     One backward pass to the engine is one step: micro-batches are added up by the trainer.
     """
     prepare_process()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that DeepSpeed uses
     import deepspeed
 
     is_cuda = torch.cuda.is_available()
