@@ -5,8 +5,8 @@
 nj=2                                              # parallel jobs of speech synthesis
 out=egs/multilingual12/pretrained/mini            # where the models go
 work=egs/multilingual12/data/pretrain             # where their data goes (1.1 GB)
-whisper_steps=16000                               # training steps of the Whisper
-lm_steps=6000                                     # training steps of the Qwen3
+whisper_steps=10000                               # training steps of the Whisper
+lm_steps=3000                                     # training steps of the Qwen3
 ctc_engine=torch                                  # torch or k2
 
 set -euo pipefail
