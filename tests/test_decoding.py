@@ -24,7 +24,7 @@ from zipperasr.cli.main import main
 from zipperasr.data import lists, manifests
 from zipperasr.data.features import FeatureSettings
 from zipperasr.data.utterances import load_utterances
-from zipperasr.decoding import DecodingSettings, decode, worker
+from zipperasr.decoding import DecodingSettings, decode, job, worker
 from zipperasr.decoding.generate import transcribe
 from zipperasr.model import checkpoint
 from zipperasr.model.speech_llm import SpeechLLM
@@ -243,7 +243,7 @@ def test_a_decode_directory_holds_the_list_in_its_order(run):
     assert timing["audio_s"] == pytest.approx(sum(u.duration_s for u in listed))
     assert timing["rtfx"] == pytest.approx(timing["audio_s"] / timing["wall_s"])
     assert 0 < timing["encoder_s"] + timing["generate_s"] <= timing["wall_s"]
-    assert set(os.listdir(run.directory / "decode_noise_de_test")) == {*decode.OUTPUTS, ".done", ".lock"}
+    assert set(os.listdir(run.directory / "decode_noise_de_test")) == {*job.OUTPUTS, ".done", ".lock"}
 
 
 @pytest.mark.parametrize(

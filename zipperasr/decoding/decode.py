@@ -22,53 +22,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from zipperasr import adapters, files
-from zipperasr.data import DataSettings, FeatureSettings, lists, manifests
+from zipperasr.data import DataSettings, lists, manifests
 from zipperasr.data.utterances import Utterance, load_utterances
 from zipperasr.decoding import DecodingSettings
+from zipperasr.decoding.job import Job
 from zipperasr.errors import UserError
 from zipperasr.model import WEIGHTS, RunSettings, find_checkpoint
-
-OUTPUTS = ("hyp", "ref", "utts.jsonl", "timing.json", "meta.json")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One set to decode with one checkpoint of a run.
-
-    `model` is a digest of the weights and their settings, `key` of all that the result depends on.
-    """
-
-    run_dir: Path
-    step: int
-    run: RunSettings
-    data_dir: Path
-    setting: str
-    set: str
-    features: FeatureSettings
-    decoding: DecodingSettings
-    model: str
-    key: str
-
-    @property
-    def directory(self) -> Path:
-        """Where the results go."""
-        return self.run_dir / f"decode_{self.set}"
-
-    @property
-    def lang(self) -> str:
-        """The language of the set."""
-        return self.set.split("_", 2)[1]
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the results are there, whole, and of this key."""
-        return files.is_done(self.directory, self.key) and all((self.directory / name).is_file() for name in OUTPUTS)
 
 
 def plan(

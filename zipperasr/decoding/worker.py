@@ -19,8 +19,8 @@ from zipperasr import prompts
 from zipperasr.data.packing import num_speech_tokens
 from zipperasr.data.utterances import Utterance
 from zipperasr.decoding import DecodingSettings
-from zipperasr.decoding.decode import Job
 from zipperasr.decoding.generate import Hypothesis, transcribe
+from zipperasr.decoding.job import Job
 from zipperasr.errors import UserError
 from zipperasr.model.checkpoint import load_run
 from zipperasr.model.speech_llm import SpeechLLM
