@@ -24,7 +24,7 @@ from zipperasr.cli.main import main
 from zipperasr.data import lists, manifests
 from zipperasr.data.features import FeatureSettings
 from zipperasr.data.utterances import load_utterances
-from zipperasr.decoding import DecodingSettings, decode, job, worker
+from zipperasr.decoding import DecodingSettings, job, worker
 from zipperasr.decoding.generate import transcribe
 from zipperasr.model import checkpoint
 from zipperasr.model.speech_llm import SpeechLLM
