@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from zipperasr.data.packing import pack, tokenize
 from zipperasr.data.tokenizer import load_tokenizer
 from zipperasr.data.utterances import load_utterances
 from zipperasr.training import checkpoints, runs
+from zipperasr.training.engine import ALONE
 from zipperasr.training.trainer import Trainer
 
 STAGE = "training.stage2"
@@ -44,10 +46,10 @@ def log(run_dir):
     return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
 
 
-def train_elsewhere(args, *, num_ranks=1):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-    launch = torchrun if num_ranks > 1 else []
-    return subprocess.Popen([sys.executable, *launch, "-m", "zipperasr.cli", *args], stderr=subprocess.DEVNULL)
+def train_elsewhere(args, *, num_ranks=1, stderr=subprocess.DEVNULL):
+    command = [sys.executable, "-m", "zipperasr.cli", *args, "--ranks", str(num_ranks)]
+    environment = {name: value for name, value in os.environ.items() if name not in ALONE}  # of this process's own rank
+    return subprocess.Popen(command, stderr=stderr, text=True, env=environment)
 
 
 def test_a_killed_run_ends_as_an_uninterrupted_one(recipe, stage1, tmp_path):
@@ -97,6 +99,14 @@ def test_two_ranks_train_on_everything_once_and_equal_one_that_accumulates(recip
     weights, others = (load_file(runs.final_weights(run_dir)) for run_dir in (one, two))
     for name in weights:
         torch.testing.assert_close(weights[name], others[name], atol=1e-5, rtol=0, msg=name)
+
+
+def test_a_rank_that_fails_says_why_in_one_line_and_ends_the_others(recipe, stage1, tmp_path):
+    wrong = recipe.train(2, stage1, "--init", str(stage1))  # a stage-2 run where stage 1 has trained
+    process = train_elsewhere(wrong, num_ranks=2, stderr=subprocess.PIPE)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert said.startswith(f"zipperasr: error: {stage1}: begun with another configuration") and said.count("\n") == 1
 
 
 def test_only_the_last_checkpoints_are_kept(recipe, tmp_path):
