@@ -13,7 +13,6 @@ Shapes: N lines, S tokens, P code frames (12.5 Hz), H width.
 import argparse
 import copy
 import json
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
+from pretrain_mini_whisper import warm_up_and_cosine
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -32,6 +32,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from zipperasr import prompts
 from zipperasr.data.tokenizer import load_tokenizer
 from zipperasr.languages import LANGUAGES
+from zipperasr.scoring.score import align
 
 STRIDE = 4  # 50 Hz encoder frames in one frame of the projector
 BLANK = 0
@@ -138,9 +139,7 @@ def spoken_line(tokenizer, speller: Speller, lang: str, text: str, error_rate: f
 
 @torch.no_grad()
 def copy_errors(model: Trainee, tokenizer, speller: Speller, texts: dict[str, list[str]], error_rate: float) -> dict:
-    """By language: percent of held-out phrases not read back exactly (greedy) from their noisy spelling."""
-    from pretrain_mini_whisper import edit_distance
-
+    """By language: character error rate in percent of held-out phrases read back (greedy) from their noisy spelling."""
     model.eval()
     result = {}
     for lang, group in texts.items():
@@ -151,7 +150,7 @@ def copy_errors(model: Trainee, tokenizer, speller: Speller, texts: dict[str, li
             while len(ids) < 2 * len(target) and (not ids or ids[-1] != tokenizer.end_of_text):
                 ids.append(int(model.llm(inputs_embeds=x[None]).logits[0, -1].argmax()))
                 x = torch.cat([x, *model.embed([ids[-1:]])])
-            errors += edit_distance(text, tokenizer.decode(ids))
+            errors += align("", list(text), list(tokenizer.decode(ids))).counts.errors
         result[lang] = round(100 * errors / sum(map(len, group)), 1)
     model.train()
     return result
@@ -185,11 +184,7 @@ def main() -> None:
     )  # fmt: skip
     model = Trainee(config, speller.size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
-    warmup = args.steps // 20
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1, step / args.steps)))),
-    )
+    schedule = warm_up_and_cosine(optimizer, args.steps)
     stream = batches(tokenizer, speller, texts, args.batch, args.plain)
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()

@@ -29,6 +29,7 @@ from zipperasr.errors import UserError
 from zipperasr.languages import LANGUAGES
 from zipperasr.model.encoder import SpeechEncoder
 from zipperasr.model.whisper_io import save_whisper
+from zipperasr.scoring.score import align
 
 IGNORE = -100
 
@@ -184,7 +185,7 @@ def evaluate(model: Trainee, utterances: list[dict], speech: Speech, vocab: Voca
         for utterance, path, length, lang in zip(batch, best, lengths, langs):
             ids = torch.unique_consecutive(path[:length])
             hyp = "".join(speech.characters[i - 1] for i in ids.tolist() if i)
-            errors[utterance["lang"]] += edit_distance(utterance["text"].lower(), hyp)
+            errors[utterance["lang"]] += align("", list(utterance["text"].lower()), list(hyp)).counts.errors
             characters[utterance["lang"]] += len(utterance["text"])
             named[utterance["lang"]] += list(vocab.languages)[lang] == utterance["lang"]
             counts[utterance["lang"]] += 1
@@ -195,13 +196,13 @@ def evaluate(model: Trainee, utterances: list[dict], speech: Speech, vocab: Voca
     }
 
 
-def edit_distance(ref: str, hyp: str) -> int:
-    row = list(range(len(hyp) + 1))
-    for i, r in enumerate(ref, 1):
-        diagonal, row[0] = row[0], i
-        for j, h in enumerate(hyp, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (r != h))
-    return row[-1]
+def warm_up_and_cosine(optimizer: torch.optim.Optimizer, num_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A linear rise over a twentieth of the steps, along a cosine that falls to a hundredth."""
+    warmup = num_steps // 20
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1, step / num_steps)))),
+    )
 
 
 def main() -> None:
@@ -227,11 +228,7 @@ def main() -> None:
     dims = ModelDimensions(80, 1500, args.width, 4, args.layers, vocab.size, 128, args.width, 4, 1)
     model = Trainee(dims, speech.characters)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    warmup = args.steps // 20
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1, step / args.steps)))),
-    )
+    schedule = warm_up_and_cosine(optimizer, args.steps)
     dev, stream = speech.part("dev"), batches(speech.part("train"), args.batch_s, rng)
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()

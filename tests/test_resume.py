@@ -21,6 +21,7 @@ from zipperasr.cli.main import main
 from zipperasr.data.packing import pack, tokenize
 from zipperasr.data.tokenizer import load_tokenizer
 from zipperasr.data.utterances import load_utterances
+from zipperasr.model import checkpoints_by_step
 from zipperasr.training import checkpoints, runs
 from zipperasr.training.engine import ALONE
 from zipperasr.training.trainer import Trainer
@@ -58,13 +59,13 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(recipe, stage1, tmp_path):
     assert main(recipe.train(2, whole, *more)) == 0
 
     process = train_elsewhere(recipe.train(2, killed, *more))
-    while not checkpoints.steps(killed):
+    while not checkpoints_by_step(killed):
         assert process.poll() is None
         time.sleep(0.005)
     time.sleep(random.uniform(0, 0.3))
     process.kill()
     assert process.wait() == -signal.SIGKILL and not (killed / runs.FINISHED).exists()
-    assert 0 < max(checkpoints.steps(killed)) < 40
+    assert 0 < max(checkpoints_by_step(killed)) < 40
 
     with open(killed / "log.jsonl", "a") as stream:
         stream.write('{"step": 39, "lo')  # as when killed in the middle of a line
@@ -112,8 +113,8 @@ def test_a_rank_that_fails_says_why_in_one_line_and_ends_the_others(recipe, stag
 def test_only_the_last_checkpoints_are_kept(recipe, tmp_path):
     more = ["training.stage1.max_steps=9", "training.stage1.save_every=2", "training.stage1.keep_last=3"]
     assert main(recipe.train(1, tmp_path, *more)) == 0
-    assert list(checkpoints.steps(tmp_path)) == [6, 8, 9]
-    assert all((path / "trainable.safetensors").is_file() for path in checkpoints.steps(tmp_path).values())
+    assert list(checkpoints_by_step(tmp_path)) == [6, 8, 9]
+    assert all((path / "trainable.safetensors").is_file() for path in checkpoints_by_step(tmp_path).values())
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(recipe, tmp_path, monkeypatch, capsys):
@@ -145,4 +146,4 @@ def test_an_unfinished_checkpoint_is_not_resumed_from(recipe, tmp_path):
     half.mkdir(parents=True)
     (half / "state.json").write_text("{")
     assert main(recipe.train(1, tmp_path, "training.stage1.max_steps=1")) == 0
-    assert not half.exists() and list(checkpoints.steps(tmp_path)) == [1]
+    assert not half.exists() and list(checkpoints_by_step(tmp_path)) == [1]

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from zipperasr import files
 from zipperasr.cli import recipe
 from zipperasr.errors import UserError
-from zipperasr.languages import LANGUAGES
 from zipperasr.training import runs
 from zipperasr.training.launch import launch
 
@@ -47,7 +46,10 @@ def run(args: argparse.Namespace) -> int:
         if (args.run_dir / runs.FINISHED).is_file():
             print(f"{args.run_dir}: trained already")
             return 0
-        _trainer(args, whole).run()
+        trainer = _trainer(args, whole)
+        if is_first:
+            runs.write_language_embeddings(args.run_dir, trainer.engine.module.language_embeddings)
+        trainer.run()
         if is_first:
             print(f"{args.run_dir}: trained")
     return 0
@@ -83,8 +85,6 @@ def _trainer(args: argparse.Namespace, whole: recipe.Config) -> Trainer:
     model = build(whole.model, args.stage)
     if args.init:
         load_trainable(model, runs.final_weights(args.init).parent, stage=1)
-    embeddings = {lang: e.tolist() for lang, e in model.language_embeddings.items() if lang in LANGUAGES}
-    files.write_json(args.run_dir / "language_embeddings.json", embeddings)
     train, dev = (
         tokenize(
             load_utterances(args.data_dir, settings.setting, part, None, whole.data.features),

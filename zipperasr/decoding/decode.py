@@ -54,6 +54,7 @@ def plan(
     checkpoint = find_checkpoint(run_dir, step)
     weights = [folder / WEIGHTS for folder in (run_dir / "init", checkpoint) if (folder / WEIGHTS).is_file()]
     model = files.fingerprint([run.model_dump(), *map(files.sha256, weights)])
+    at = int(checkpoint.name.removeprefix("step-"))
     jobs = []
     for name in dict.fromkeys(sets):
         where = _setting_of(name, data, first=setting)
@@ -61,7 +62,6 @@ def plan(
         if not all(path and path.is_file() for path in inputs):
             raise UserError(f"{name}: no list or no manifest in {data_dir}; run stages 1 and 2 again")
         key = files.fingerprint([model, decoding.model_dump(), *map(files.sha256, inputs)])
-        at = int(checkpoint.name.removeprefix("step-"))
         jobs.append(Job(run_dir, at, run, data_dir, where, name, data.features, decoding, model, key))
     return jobs
 

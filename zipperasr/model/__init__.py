@@ -62,12 +62,17 @@ class RunSettings(Settings):
     model: ModelSettings
 
 
+def checkpoints_by_step(run_dir: Path | str) -> dict[int, Path]:
+    """The folders of a run's complete checkpoints, oldest first."""
+    folders = {int(folder.name.removeprefix("step-")): folder for folder in Path(run_dir, "checkpoints").glob("step-*")}
+    return {step: f for step, f in sorted(folders.items()) if (f / WEIGHTS).is_file() and (f / "state.json").is_file()}
+
+
 def find_checkpoint(run_dir: Path | str, step: int | None = None) -> Path:
     """The folder of a run's checkpoint at `step`, or of its latest complete one. Raises UserError if there is none."""
-    folders = Path(run_dir, "checkpoints").glob("step-*")
-    complete = {int(f.name[5:]): f for f in folders if (f / WEIGHTS).is_file() and (f / "state.json").is_file()}
+    complete = checkpoints_by_step(run_dir)
     if not complete:
         raise UserError(f"{run_dir}: no complete checkpoint; train it first")
     if step is not None and step not in complete:
-        raise UserError(f"{run_dir}: no checkpoint at step {step}; there are {', '.join(map(str, sorted(complete)))}")
+        raise UserError(f"{run_dir}: no checkpoint at step {step}; there are {', '.join(map(str, complete))}")
     return complete[max(complete) if step is None else step]

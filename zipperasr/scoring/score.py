@@ -39,9 +39,14 @@ class Counts:
         return self.hits + self.sub + self.dele
 
     @property
+    def errors(self) -> int:
+        """Substitutions, insertions and deletions."""
+        return self.sub + self.ins + self.dele
+
+    @property
     def error_rate(self) -> float | None:
         """Errors in percent of the reference; None where it is empty (its insertions still count in a sum)."""
-        return 100 * (self.sub + self.ins + self.dele) / self.ref_len if self.ref_len else None
+        return 100 * self.errors / self.ref_len if self.ref_len else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +195,7 @@ def _alignments(utterances: Iterable[Aligned], language: Language) -> Iterator[s
         c = u.counts
         note = "  (no hypothesis)" if u.is_missing else ""
         yield f"{u.id}  {language.metric} {percent(c.error_rate)}  "
-        yield f"[{c.sub + c.ins + c.dele} / {c.ref_len}, {c.ins} ins, {c.dele} del, {c.sub} sub]{note}\n"
+        yield f"[{c.errors} / {c.ref_len}, {c.ins} ins, {c.dele} del, {c.sub} sub]{note}\n"
         columns = [[_shown(cell) for cell in column] for column in u.columns]
         widths = [max(map(width, column)) for column in columns]
         for label, gap, cells in zip(("ref", "hyp", "op "), "** ", zip(*columns)):

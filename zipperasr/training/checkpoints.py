@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from zipperasr import files
 from zipperasr.errors import UserError
+from zipperasr.model import checkpoints_by_step
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -35,12 +36,6 @@ class State:
     """Running mean over steps, in nats a token."""
     audio_s: float = 0.0
     wall_s: float = 0.0
-
-
-def steps(run_dir: Path) -> dict[int, Path]:
-    """The checkpoints of a run by step, oldest first."""
-    found = {int(path.name.removeprefix("step-")): path for path in (run_dir / "checkpoints").glob("step-*")}
-    return dict(sorted(found.items()))
 
 
 def save(engine: DeepSpeedEngine, state: State, *, run_dir: Path, keep_last: int) -> None:
@@ -72,7 +67,7 @@ def save(engine: DeepSpeedEngine, state: State, *, run_dir: Path, keep_last: int
         if is_first:
             shutil.rmtree(temporary, ignore_errors=True)
     if is_first:
-        older = list(steps(run_dir).values())[:-1]
+        older = list(checkpoints_by_step(run_dir).values())[:-1]
         for checkpoint in older:
             _remove(checkpoint / ENGINE)
         for checkpoint in older[: len(older) + 1 - keep_last]:
@@ -84,7 +79,7 @@ def resume(engine: DeepSpeedEngine, *, run_dir: Path) -> State:
 
     Raises UserError when the run began with another number of ranks, because they share the data differently.
     """
-    path = next((path for path in reversed(steps(run_dir).values()) if (path / ENGINE).is_dir()), None)
+    path = next((path for path in reversed(checkpoints_by_step(run_dir).values()) if (path / ENGINE).is_dir()), None)
     if path is None:
         return State(num_ranks=engine.world_size)
     state = State(**files.read_json(path / "state.json"))
@@ -105,7 +100,7 @@ def clean(run_dir: Path) -> None:
 
 def drop_engine(run_dir: Path) -> None:
     """Remove the engine's state of a finished run: its weights are all that is needed."""
-    for path in steps(run_dir).values():
+    for path in checkpoints_by_step(run_dir).values():
         _remove(path / ENGINE)
 
 

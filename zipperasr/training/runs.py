@@ -13,10 +13,12 @@ import yaml
 from zipperasr import config, files
 from zipperasr.config import Settings
 from zipperasr.errors import UserError
+from zipperasr.languages import LANGUAGES
+from zipperasr.model import WEIGHTS
 from zipperasr.training import UNBOUND
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 FINISHED = "train.json"
 
@@ -50,7 +52,7 @@ def final_weights(run_dir: Path) -> Path:
     if not (run_dir / FINISHED).is_file():
         raise UserError(f"{run_dir}: not a finished run (no {FINISHED}); train it to its end first")
     step = files.read_json(run_dir / FINISHED)["step"]
-    path = run_dir / "checkpoints" / f"step-{step}" / "trainable.safetensors"
+    path = run_dir / "checkpoints" / f"step-{step}" / WEIGHTS
     if not path.is_file():
         raise UserError(f"{path}: missing; delete {run_dir / FINISHED} and train again")
     return path
@@ -69,6 +71,12 @@ def write_trainable(run_dir: Path, model: nn.Module) -> None:
         stream.write(f"# {summary}\n")
         stream.writelines(f"{name} {list(p.shape)}\n" for name, p in trainable.items())
     print(summary)
+
+
+def write_language_embeddings(run_dir: Path, embeddings: dict[str, Tensor]) -> None:
+    """Write language_embeddings.json, {language: embedding} of the languages this project knows, for the report."""
+    known = {lang: embedding.tolist() for lang, embedding in embeddings.items() if lang in LANGUAGES}
+    files.write_json(run_dir / "language_embeddings.json", known)
 
 
 def _check_same(run_dir: Path, saved: dict[str, Any], asked: dict[str, Any], bound: tuple[str, ...]) -> None:
