@@ -8,8 +8,8 @@ class Vanilla(AdaptedLinear):
 
     by_language = False
 
-    def __init__(self, linear, settings, language_embeddings=None):
-        super().__init__(linear, settings)
+    def __init__(self, linear, settings, banks, routers):
+        super().__init__(linear, settings, banks, routers)
         self.A, self.B = new_A(linear, settings.rank), new_B(linear, settings.rank)
 
     def factors(self, langs):

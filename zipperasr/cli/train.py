@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from zipperasr import files
 from zipperasr.cli import recipe
 from zipperasr.errors import UserError
+from zipperasr.model import WEIGHTS
 from zipperasr.training import runs
 from zipperasr.training.launch import launch
 
@@ -64,10 +65,20 @@ def _begin(args: argparse.Namespace, whole: recipe.Config) -> None:
     if args.init:
         runs.final_weights(args.init)
         inputs["init"] = files.sha256(args.init / runs.FINISHED)
+    if folder := _initial_b(whole):
+        inputs["init_from"] = files.sha256(folder / WEIGHTS)
     bound = ("stage", "data.features", "data.packing", "model", f"training.stage{args.stage}")
     runs.begin(args.run_dir, settings=whole, inputs=inputs, bound=bound)
     if args.init:
         runs.link_init(args.run_dir, args.init)
+
+
+def _initial_b(whole: recipe.Config) -> Path | None:
+    """The checkpoint that the adapters begin from, if any: the one named, or the last of the finished run named."""
+    if not (whole.model.adapter and whole.model.adapter.init_from):
+        return None
+    path = Path(whole.model.adapter.init_from)
+    return path if (path / WEIGHTS).is_file() else runs.final_weights(path).parent
 
 
 def _trainer(args: argparse.Namespace, whole: recipe.Config) -> Trainer:
@@ -75,7 +86,7 @@ def _trainer(args: argparse.Namespace, whole: recipe.Config) -> Trainer:
 
     from zipperasr.data.packing import tokenize
     from zipperasr.data.utterances import load_utterances
-    from zipperasr.model.checkpoint import build, load_trainable
+    from zipperasr.model.checkpoint import build, load_trainable, warm_start
     from zipperasr.training.engine import prepare_process
     from zipperasr.training.trainer import Trainer
 
@@ -85,6 +96,8 @@ def _trainer(args: argparse.Namespace, whole: recipe.Config) -> Trainer:
     model = build(whole.model, args.stage)
     if args.init:
         load_trainable(model, runs.final_weights(args.init).parent, stage=1)
+    if folder := _initial_b(whole):
+        warm_start(model, folder, whole.model.adapter)
     train, dev = (
         tokenize(
             load_utterances(args.data_dir, settings.setting, part, None, whole.data.features),

@@ -68,6 +68,11 @@ def checkpoints_by_step(run_dir: Path | str) -> dict[int, Path]:
     return {step: f for step, f in sorted(folders.items()) if (f / WEIGHTS).is_file() and (f / "state.json").is_file()}
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The run directory of a checkpoint folder."""
+    return checkpoint.resolve().parent.parent
+
+
 def find_checkpoint(run_dir: Path | str, step: int | None = None) -> Path:
     """The folder of a run's checkpoint at `step`, or of its latest complete one. Raises UserError if there is none."""
     complete = checkpoints_by_step(run_dir)

@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zipperasr import config, files
-from zipperasr.adapters import AdapterSettings, adapt
+from zipperasr.adapters import AdapterSettings, adapt, adapted_layers
 from zipperasr.data.tokenizer import load_tokenizer
 from zipperasr.errors import UserError
-from zipperasr.model import WEIGHTS, ModelSettings, RunSettings, find_checkpoint
+from zipperasr.model import WEIGHTS, ModelSettings, RunSettings, find_checkpoint, run_of
 from zipperasr.model.encoder import ADAPTED, SpeechEncoder
 from zipperasr.model.llm import load_llm
 from zipperasr.model.projector import Projector
-from zipperasr.model.speech_llm import SpeechLLM, set_trainable, trainable_names
+from zipperasr.model.speech_llm import SpeechLLM, set_trainable, stage_tensors
 from zipperasr.model.whisper_io import load_whisper
 
 
@@ -59,27 +59,55 @@ def load_run(run_dir: Path | str, step: int | None = None) -> SpeechLLM:
 
 
 def save_trainable(model: SpeechLLM, folder: Path | str) -> None:
-    """Write `trainable.safetensors`: the parameters that require gradients, under their own names."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    """Write `trainable.safetensors`: what the model's stage trains, under its own names."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in stage_tensors(model, model.stage).items()}
     with files.beside(Path(folder) / WEIGHTS) as temporary:
         save_file(tensors, temporary)
 
 
 def load_trainable(model: SpeechLLM, folder: Path | str, *, stage: int) -> None:
-    """Fill in what `stage` trains from `folder`. Raises UserError unless names and shapes fit exactly."""
-    path = Path(folder) / WEIGHTS
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; train stage {stage} first")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: broken ({error}); delete it and train again") from error
-    parameters = dict(model.named_parameters())
-    expected = {name: parameters[name] for name in trainable_names(model, stage)}
+    """Fill in what `stage` trains from `folder`. Raises UserError unless all is there, fits exactly and is finite."""
+    path, tensors = _read(Path(folder), f"train stage {stage} first")
+    expected = stage_tensors(model, stage)
     _check_fit(path, tensors, expected)
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(tensors[name])
+
+
+def warm_start(model: SpeechLLM, folder: Path, settings: AdapterSettings) -> None:
+    """Initial-B (section IV-F of arXiv:2603.17558): start the encoder adapters from the checkpoint in `folder`.
+
+    The shared and the specific banks are taken over; A and the router only if the settings say so. With all three, and
+    the same method, the encoder is the source's for every language. Without A it is not: what B's columns mean was
+    learnt on the source's A, so the new A must first come to agree with them (drawn from the same seed it is the A
+    that the source began with, which LoRA moves little). Without the router the mixture starts anew.
+    Zipper-LoRA-Static takes the first columns of the shared bank and the last ones of the specific banks.
+    Raises UserError when the source is no zipper run of this rank and these languages.
+    """
+    path, tensors = _read(folder, "train it first")
+    source = config.load(run_of(folder) / "config.yaml", RunSettings).model.adapter
+    mine = {"rank": settings.rank, "alpha": settings.alpha}
+    theirs = {key: getattr(source, key, None) for key in mine}
+    if mine != theirs:
+        raise UserError(f"{folder}: trained with {theirs}, not {mine}; begin from a run with the same rank and alpha")
+    for name, layer in adapted_layers(model.encoder).items():
+        prefix = f"encoder.{name}."
+        own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+        try:
+            layer.warm_start(own, init_A=settings.init_A, init_router=settings.init_router)
+        except UserError as error:
+            raise UserError(f"{path}: encoder.{name} {error}") from error
+
+
+def _read(folder: Path, mend: str) -> tuple[Path, dict[str, Tensor]]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {mend}")
+    try:
+        return path, load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: broken ({error}); delete it and train again") from error
 
 
 def _check_fit(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -91,13 +119,14 @@ def _check_fit(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tenso
         if tensor.shape != expected[name].shape:
             shapes = f"{list(tensor.shape)}, but the model has {list(expected[name].shape)}"
             raise UserError(f"{path}: tensor '{name}' has shape {shapes}; {mend}")
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: tensor '{name}' holds NaN or infinity; go back to an earlier checkpoint")
 
 
 def _adapt_encoder(encoder: SpeechEncoder, settings: AdapterSettings | None, embeddings: dict[str, Tensor]) -> None:
     if settings is None or not settings.langs:
         raise UserError("stage 2 needs model.adapter with its method and langs")
-    missing = [lang for lang in settings.langs if lang not in embeddings]
-    if missing:
-        raise UserError(f"model.adapter.langs: Whisper has no language token for {', '.join(missing)}")
-    rows = torch.stack([embeddings[lang] for lang in settings.langs])  # [L, E]
-    adapt(encoder, ADAPTED, settings, language_embeddings=rows)
+    try:
+        adapt(encoder, ADAPTED, settings, language_embeddings=embeddings)
+    except UserError as error:
+        raise UserError(f"model.adapter: {error}") from error

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from whisper.model import AudioEncoder, ResidualAttentionBlock
 
-from zipperasr.adapters import language_runs
-from zipperasr.adapters.base import AdaptedLinear, Groups
+from zipperasr.adapters.base import AdaptedLinear
+from zipperasr.adapters.batch import Runs, language_runs
 from zipperasr.errors import UserError
 
 FRAMES_PER_S = 100
@@ -54,13 +54,15 @@ class SpeechEncoder(nn.Module):
         x = self._convolve(segments)  # [T, D]
         x = (x + self.positional_embedding[layout.positions]).to(x.dtype)
         lengths = [sum(_half(len(piece)) for piece in utterance) for utterance in pieces]
-        groups = language_runs(langs, [len(p) * self.max_frames // 2 for p in pieces] if self.pad_to_30s else lengths)
-        for block in self.blocks:
-            x = _block(block, x, layout, groups)
-        x = _layer_norm(x, self.ln_post)
+        is_real = None
         if self.pad_to_30s:
-            x = x[layout.positions < _repeat(true_lengths, layout.lengths).to(x.device)]
-        return x, lengths
+            is_real = layout.positions < _repeat(true_lengths, layout.lengths).to(x.device)
+        padded = [len(p) * self.max_frames // 2 for p in pieces] if self.pad_to_30s else lengths
+        runs = language_runs(langs, padded, is_real)
+        for block in self.blocks:
+            x = _block(block, x, layout, runs)
+        x = _layer_norm(x, self.ln_post)
+        return x if is_real is None else x[is_real], lengths
 
     def _cut(self, features: Tensor, chunk_s: float | None) -> Sequence[Tensor]:
         """The segments of an utterance; an even number of frames each, so that they add up to ceil(F / 2)."""
@@ -152,17 +154,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     return torch.cat(padded)[layout.unbucket]
 
 
-def _block(block: ResidualAttentionBlock, x: Tensor, layout: Layout, groups: Groups) -> Tensor:
+def _block(block: ResidualAttentionBlock, x: Tensor, layout: Layout, runs: Runs) -> Tensor:
     """One residual block on flat frames x [T, D]."""
     h, attn = _layer_norm(x, block.attn_ln), block.attn
-    q, k, v = (_linear(m, h, groups).unflatten(-1, (attn.n_head, -1)) for m in (attn.query, attn.key, attn.value))
-    x = x + _linear(attn.out, attend(q, k, v, layout).flatten(-2), groups)
-    h = F.gelu(_linear(block.mlp[0], _layer_norm(x, block.mlp_ln), groups))
-    return x + _linear(block.mlp[2], h, groups)
+    q, k, v = (_linear(m, h, runs).unflatten(-1, (attn.n_head, -1)) for m in (attn.query, attn.key, attn.value))
+    x = x + _linear(attn.out, attend(q, k, v, layout).flatten(-2), runs)
+    h = F.gelu(_linear(block.mlp[0], _layer_norm(x, block.mlp_ln), runs))
+    return x + _linear(block.mlp[2], h, runs)
 
 
-def _linear(layer: nn.Module, x: Tensor, groups: Groups) -> Tensor:
-    return layer(x, groups) if isinstance(layer, AdaptedLinear) else layer(x)
+def _linear(layer: nn.Module, x: Tensor, runs: Runs) -> Tensor:
+    return layer(x, runs) if isinstance(layer, AdaptedLinear) else layer(x)
 
 
 def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from zipperasr.adapters.base import AdaptedLinear
+from zipperasr.adapters import adapted_layers, adapter_state
 from zipperasr.model.encoder import SpeechEncoder
 from zipperasr.model.llm import lay_out, packed_hidden_states, token_losses
 from zipperasr.model.projector import Projector
@@ -40,7 +40,9 @@ class LossOutput(NamedTuple):
 
 
 class SpeechLLM(nn.Module):
-    """A Whisper encoder, a projector and a decoder-only LLM."""
+    """A Whisper encoder, a projector and a decoder-only LLM. `stage` is the one that it is trained in."""
+
+    stage: int
 
     def __init__(
         self,
@@ -93,39 +95,39 @@ class SpeechLLM(nn.Module):
         return LossOutput(losses.sum(), sum(num_targets), utt_loss, utt_tokens)
 
     def merged(self, lang: str | None = None) -> "SpeechLLM":
-        """This model for one language, with plain linear layers; all tensors without an adapter are shared."""
+        """This model for one language, with plain linear layers where the method has them (not FlyLoRA).
+
+        All tensors without an adapter are shared.
+        """
         shared = [*self.parameters(), *self.buffers(), *self.language_embeddings.values(), self.tokenizer]
-        adapted = [module for module in self.modules() if isinstance(module, AdaptedLinear)]
-        memo = {id(thing): thing for thing in shared} | {id(module): module.merged(lang) for module in adapted}
+        adapted = [layer for layer in adapted_layers(self).values() if layer.can_merge]
+        memo = {id(thing): thing for thing in shared} | {id(layer): layer.merged(lang) for layer in adapted}
         return copy.deepcopy(self, memo)
 
 
-def trainable_names(model: SpeechLLM, stage: int) -> list[str]:
-    """Names of the parameters that a stage trains (section IV-F of arXiv:2603.17558).
+def stage_tensors(model: SpeechLLM, stage: int) -> dict[str, Tensor]:
+    """What a stage trains and a checkpoint of it holds, by name (section IV-F of arXiv:2603.17558).
 
-    Stage 1: encoder, projector, LLM LoRA. Stage 2: encoder adapters, projector, LLM LoRA.
+    Stage 1: encoder, projector, LLM LoRA. Stage 2: encoder adapters, projector, LLM LoRA. Buffers of adapters are
+    among them: FlyLoRA's frozen A decides what its B means.
     """
-    adapters = {
-        f"{name}.{parameter}"
-        for name, module in model.named_modules()
-        if isinstance(module, AdaptedLinear)
-        for parameter, _ in module.named_parameters()
-        if parameter not in ("weight", "bias")
-    }
-    trains = {
+    adapters = adapter_state(model)
+    belongs = {
         "encoder": lambda name: (name in adapters) == (stage == 2),
         "projector": lambda name: True,
         "llm": lambda name: name in adapters,
     }
-    return [name for name, _ in model.named_parameters() if trains[name.partition(".")[0]](name)]
+    tensors = dict(model.named_parameters()) | adapters
+    return {name: t for name, t in tensors.items() if belongs[name.partition(".")[0]](name)}
 
 
 def set_trainable(model: SpeechLLM, stage: int) -> list[str]:
     """Freeze everything but what the stage trains, and return the names of that."""
-    names = trainable_names(model, stage)
+    names = [name for name, t in stage_tensors(model, stage).items() if isinstance(t, nn.Parameter)]
     parts = {name.partition(".")[0] for name in names}
     assert parts == {"encoder", "projector", "llm"}, f"stage {stage} would train only {sorted(parts)}"
-    wanted = set(names)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in wanted)
+    model.requires_grad_(False)
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
+    model.stage = stage
     return names

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from zipperasr.adapters import language_parameters
 from zipperasr.errors import UserError
 from zipperasr.training import StageSettings
 
@@ -20,6 +21,17 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.
 """The environment that torchrun would set, for one process; port 0 is whichever is free."""
 MAX_BUCKET = 100_000_000
 """Gradient elements that are reduced together."""
+
+
+class AdamW(torch.optim.AdamW):
+    """AdamW that leaves a group alone, its momentum and decay too, while its language rests (`rest`)."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            if group["is_resting"]:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        return super().step(closure)
 
 
 def prepare_process() -> None:
@@ -54,23 +66,34 @@ def start(model: nn.Module, settings: StageSettings) -> DeepSpeedEngine:
             "reduce_bucket_size": min(MAX_BUCKET, sum(p.numel() for group in groups for p in group["params"])),
         },
     }
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    for group in optimizer.param_groups:  # a group may rest in the first step, and ZeRO links all groups' state there
+        for p in group["params"]:
+            optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": p.data * 0, "exp_avg_sq": p.data * 0}
     return engine
 
 
 def parameter_groups(model: nn.Module, settings: StageSettings) -> list[dict[str, Any]]:
-    """Trainable parameters by factor on the learning rate. Raises UserError for a prefix that names none of them."""
+    """Trainable parameters by factor on the learning rate and by the language that alone uses them, if one does.
+
+    Raises UserError for a prefix of `lr_scale` that names none of them.
+    """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for prefix in settings.lr_scale:
         if not any(name.startswith(prefix) for name, _ in trainable):
             parts = ", ".join(sorted({name.split(".")[0] for name, _ in trainable}))
             raise UserError(f"lr_scale: no trainable parameter begins with '{prefix}'; they begin with {parts}")
-    groups: dict[float, list[nn.Parameter]] = {}
+    lang_of = {id(p): lang for lang, parameters in language_parameters(model).items() for p in parameters}
+    groups: dict[tuple[float, str | None], list[nn.Parameter]] = {}
     for name, parameter in trainable:
         prefix = max((p for p in settings.lr_scale if name.startswith(p)), key=len, default="")
-        groups.setdefault(settings.lr_scale.get(prefix, 1.0), []).append(parameter)
-    return [{"params": parameters, "lr_scale": scale} for scale, parameters in groups.items()]
+        key = settings.lr_scale.get(prefix, 1.0), lang_of.get(id(parameter))
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "lr_scale": scale, "lang": lang, "is_resting": False}
+        for (scale, lang), parameters in groups.items()
+    ]
 
 
 def learning_rate(step: int, *, total_steps: int, settings: StageSettings) -> float:
@@ -85,3 +108,12 @@ def set_learning_rate(engine: DeepSpeedEngine, lr: float) -> None:
     """Give every parameter group its share of `lr`."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+
+
+def rest(engine: DeepSpeedEngine, langs: set[str]) -> None:
+    """In the next step, leave the parameters of `langs` alone: they had no utterance in the global batch.
+
+    ZeRO's flat buffers give them zero gradients, with which momentum and weight decay would still move them.
+    """
+    for group in engine.optimizer.param_groups:
+        group["is_resting"] = group["lang"] in langs

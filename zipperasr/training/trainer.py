@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from zipperasr import files
+from zipperasr import adapters, files
 from zipperasr.data.loader import load_batches
 from zipperasr.data.packing import Batch, Example, PackingSettings, Plan, pack
 from zipperasr.errors import UserError
 from zipperasr.model import EncoderSettings
 from zipperasr.training import StageSettings, checkpoints, runs
-from zipperasr.training.engine import learning_rate, set_learning_rate, start
+from zipperasr.training.engine import learning_rate, rest, set_learning_rate, start
 from zipperasr.training.log import RunLog
 
 MEMORY = 0.98
@@ -46,6 +46,7 @@ class Totals:
     audio_s: float
     num_stopping: float  # ranks that were asked to stop
     num_failing: float  # ranks with an exception
+    num_using: dict[str, float]  # ranks on which the language's own parameters got a gradient
 
     @property
     def loss(self) -> float:
@@ -77,6 +78,7 @@ class Trainer:
         self.engine = start(model, settings)
         self.rank, self.num_ranks = self.engine.global_rank, self.engine.world_size
         self.parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
+        self.own = adapters.language_parameters(self.engine.module)
         self.langs = sorted({x.utterance.lang for x in [*train, *dev]})
         self.train, self.dev = train, dev
         self.plan = self._plan(train, num_slots=self.num_ranks * settings.accumulation)
@@ -171,9 +173,11 @@ class Trainer:
         if totals.num_failing:
             raise error or RuntimeError("another rank failed; its own message says why")
         self._check_loss(totals.loss, losses)
+        rest(engine, {lang for lang, num_using in totals.num_using.items() if not num_using})
         engine.step()
         if not engine.was_step_applied():
             self._stop_at(losses, "a gradient is not finite")
+        adapters.balance(engine.module, distributed.all_reduce)
         state.step += 1
         epoch = round(state.step / self.plan.steps_per_epoch, 4)
         row = {"step": state.step, "epoch": epoch, "loss": totals.loss, "loss_per_lang": totals.loss_per_lang, "lr": lr}
@@ -189,12 +193,13 @@ class Trainer:
             for lang, target in zip(batch.langs, batch.targets, strict=True):
                 num_targets[lang] += len(target)
         counts = [sum(b.num_tokens for b, _ in losses), sum(b.audio_s for b, _ in losses), is_stopping, is_failing]
-        counts = torch.tensor([*(num_targets[lang] for lang in self.langs), *counts], dtype=sums.dtype, device=device)
-        sums = torch.cat([sums, counts])
+        using = [any(p.grad is not None for p in parameters) for parameters in self.own.values()]
+        counts = [*(num_targets[lang] for lang in self.langs), *counts, *using]
+        sums = torch.cat([sums, torch.tensor(counts, dtype=sums.dtype, device=device)])
         distributed.all_reduce(sums)
         numbers = iter(sums.tolist())
         by_lang = [dict(zip(self.langs, islice(numbers, len(self.langs)), strict=True)) for _ in range(2)]
-        return Totals(*by_lang, *numbers)
+        return Totals(*by_lang, *islice(numbers, 4), dict(zip(self.own, numbers, strict=True)))
 
     def _scale_gradients(self, factor: float) -> None:
         """Make every parameter's gradient exist on every rank, `factor` times what it is.
