@@ -7,8 +7,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from zipperasr import config, files
+from zipperasr.adapters import REGISTRY, AdapterSettings
 from zipperasr.errors import UserError
-from zipperasr.model import RunSettings, checkpoint
+from zipperasr.model import WEIGHTS, RunSettings, checkpoint
+from zipperasr.model.speech_llm import stage_tensors
 from zipperasr.model.whisper_io import load_whisper, save_whisper
 
 
@@ -125,8 +127,95 @@ def test_stage_2_needs_an_adapter_and_languages_that_whisper_knows(paths):
     for settings in (tiny.settings(paths, method=None), tiny.settings(paths, langs=[])):
         with pytest.raises(UserError, match=r"stage 2 needs model.adapter"):
             checkpoint.build(settings, 2)
-    with pytest.raises(UserError, match="no language token for xx"):
+    with pytest.raises(
+        UserError, match="model.adapter: no language embedding of xx; give it, or set zipper.signal: learned"
+    ):
         checkpoint.build(tiny.settings(paths, langs=["de", "xx"]), 2)
+
+
+@pytest.mark.parametrize("method", REGISTRY)
+def test_every_method_is_read_as_it_was_written(tmp_path, paths, method):
+    """Also what is frozen and drawn at random: FlyLoRA's A."""
+    settings = tiny.settings(paths, method=method, rank=8)
+    model = trained(settings, 2)
+    checkpoint.save_trainable(model, tmp_path)
+    other = checkpoint.build(settings, 2)
+    checkpoint.load_trainable(other, tmp_path, stage=2)
+    for name, tensor in stage_tensors(model, 2).items():
+        assert torch.equal(stage_tensors(other, 2)[name], tensor), name
+    assert method != "flylora" or "encoder.blocks.0.attn.query.A" in load_file(tmp_path / WEIGHTS)
+
+
+def test_a_number_that_is_none_is_named(tmp_path, paths):
+    settings = tiny.settings(paths)
+    model = checkpoint.build(settings, 2)
+    with torch.no_grad():
+        model.encoder.blocks[1].attn.key.router.linear.bias[0] = torch.nan
+    checkpoint.save_trainable(model, tmp_path)
+    with pytest.raises(
+        UserError, match=r"'encoder.blocks.1.attn.key.router.linear.bias' holds NaN.*earlier checkpoint"
+    ):
+        checkpoint.load_trainable(checkpoint.build(settings, 2), tmp_path, stage=2)
+
+
+# Initial-B
+
+
+def initial_b(paths, method, **more):
+    settings = tiny.settings(paths, method=method)
+    adapter = settings.adapter.model_dump() | {"zipper": {"num_shared": 1}} | more
+    return settings.model_copy(update={"adapter": AdapterSettings.model_validate(adapter)})
+
+
+def frames(model, lang):
+    """Encoder frames of seeded noise [40, 80]."""
+    features = torch.randn(40, 80, generator=torch.Generator().manual_seed(3))
+    return model.encoder([features], [lang])[0]
+
+
+def test_initial_b_with_A_and_router_is_the_source_for_every_language(run, paths):
+    run_dir, source = run
+    model = checkpoint.build(tiny.settings(paths), 2)
+    checkpoint.load_trainable(model, run_dir / "init", stage=1)
+    settings = initial_b(paths, "zipper_soft", init_A=True, init_router=True).adapter
+    checkpoint.warm_start(model, run_dir / "checkpoints" / "step-1", settings)
+    for lang in ("de", "th", "zh"):
+        assert torch.equal(frames(model, lang), frames(source, lang))
+
+
+@pytest.mark.parametrize("method", ["zipper_soft", "zipper_hard", "zipper_static"])
+@pytest.mark.parametrize("init_A", [False, True])
+def test_initial_b_takes_the_banks_and_nothing_unasked(run, paths, method, init_A):
+    run_dir, source = run
+    model = checkpoint.build(initial_b(paths, method), 2)
+    before = {name: t.clone() for name, t in stage_tensors(model, 2).items()}
+    checkpoint.warm_start(model, run_dir / "checkpoints" / "step-1", initial_b(paths, method, init_A=init_A).adapter)
+    theirs = stage_tensors(source, 2)
+    for name, tensor in stage_tensors(model, 2).items():
+        end = name.rpartition(".")[2]
+        if ".B_shared" in name or ".B_spec." in name:
+            first = ".B_shared" in name
+            expected = theirs[name][:, : tensor.shape[1]] if first else theirs[name][:, -tensor.shape[1] :]
+        else:
+            expected = theirs[name] if init_A and end == "A" and name.startswith("encoder.") else before[name]
+        assert torch.equal(tensor, expected), name
+    if not init_A:
+        assert not torch.equal(frames(model, "de"), frames(source, "de"))
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ({"rank": 2}, r"trained with \{'rank': 2, 'alpha': 4.0\}, not \{'rank': 4, 'alpha': 8.0\}"),
+        ({"langs": ["de"]}, r"encoder.blocks.0.attn.query has no B_spec.th; .*same languages"),
+        ({"method": "vanilla"}, r"has no B_shared; it must come from a zipper run"),
+    ],
+)
+def test_initial_b_from_another_kind_of_run_is_refused(tmp_path, paths, source, message):
+    settings = tiny.settings(paths, **source)
+    folder = save_run(tmp_path, settings, 2, checkpoint.build(settings, 2))
+    with pytest.raises(UserError, match=message):
+        checkpoint.warm_start(checkpoint.build(tiny.settings(paths), 2), folder, tiny.settings(paths).adapter)
 
 
 def test_whisper_is_read_as_it_was_written_to_the_rounding_of_its_dtype(tmp_path, paths):

@@ -58,7 +58,7 @@ class FlyLoRASettings(Settings):
     top_k: PositiveInt = 8
     sparsity: Share | None = None
     """The share of entries in each row of A that are not zero; top_k / rank if null."""
-    score: Literal["absolute", "signed"] = "absolute"
+    score: Literal["signed", "absolute"] = "signed"
     x_gradient: bool = True
     bias_rule: Literal["mean", "share"] = "mean"
     bias_rate: float = Field(1e-3, ge=0)
@@ -120,7 +120,7 @@ def adapt(
 ) -> int:
     """Freeze `module` and adapt each of its linear layers whose name ends in one of `patterns`; returns their number.
 
-    A pattern is a name or the end of one, with * for anything: "fc1", "encoder.layers.*.q_proj".
+    A pattern is a name or the end of one; with * for anything, "encoder.*.q_proj", it means the linear layers alone.
     language_embeddings: {language: vector [E]}, at least for `settings.langs`; what the signal `whisper` and the policy
     `nearest` read. Raises UserError for a pattern that matches no layer, or one whose weight its parent reads itself.
     """
@@ -210,7 +210,9 @@ def _matching(module: nn.Module, pattern: str) -> Iterator[str]:
 
     from torch import nn
 
-    names = [name for name, _ in module.named_modules() if fnmatchcase(f".{name}", f"*.{pattern}")]
+    names = [name for name, _ in module.named_modules() if name and fnmatchcase(f".{name}", f"*.{pattern}")]
+    if "*" in pattern:
+        names = [name for name in names if isinstance(module.get_submodule(name), nn.Linear)]
     if not names:
         raise UserError(f"no layer '{pattern}' in {type(module).__name__}: this architecture is not supported")
     for name in names:

@@ -134,7 +134,7 @@ class LowRankLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, layer, langs, runs, *parameters):
         """x [T, I], weight [O, I], bias [O] or None, runs of (g, start, stop), parameters of the factors -> [T, O]."""
         dtype = compute_dtype(x)
-        A, B = (t.to(dtype) for t in layer.factors(langs))
+        A, B = (t.to(dtype) for t in _compose(layer, langs))
         x_, weight = x.to(dtype), weight.to(dtype)
         y = F.linear(x_, weight, None if bias is None else bias.to(dtype))
         h = down(x_, A, runs)  # [T, R]
@@ -149,7 +149,7 @@ class LowRankLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, h, weight, *parameters = ctx.saved_tensors  # torch checks that none has changed since
         with torch.enable_grad():
-            A_, B_ = ctx.layer.factors(ctx.langs)
+            A_, B_ = _compose(ctx.layer, ctx.langs)
         A, B = A_.detach().to(dy.dtype), B_.detach().to(dy.dtype)
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         dA = torch.zeros_like(A) if A_.requires_grad else None
@@ -188,6 +188,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a linear layer computes in: autocast's where it is on, else that of x."""
     is_auto = torch.is_autocast_enabled(x.device.type)
     return torch.get_autocast_dtype(x.device.type) if is_auto else x.dtype
+
+
+def _compose(layer: AdaptedLinear, langs: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+    """The layer's factors in the dtype of its parameters, whatever autocast says."""
+    with torch.autocast(layer.weight.device.type, enabled=False):
+        return layer.factors(langs)
 
 
 def _pull_back(

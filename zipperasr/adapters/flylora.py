@@ -21,10 +21,11 @@ class FlyLoRA(AdaptedLinear):
     by `bias_rate` towards the ranks that served fewer tokens (`balance`). It is kept as a whole number of such moves,
     so that no dtype loses them.
 
-    The authors' two codes disagree, and settings choose: `score` absolute (their standalone layer: top k of |y + d|) or
-    signed (their fork of PEFT, and Eq. 9 as written); `x_gradient` through A (standalone) or not (fork); `bias_rule`
-    mean: u sign(mean(c) - c), or share: u sign(k / r - c) with raw counts c, which moves all ranks alike.
-    The default is the standalone layer with the rule that balances.
+    The authors' two codes disagree, and settings choose: `score` signed (their fork of PEFT, and Eq. 9 as written) or
+    absolute (their standalone layer: top k of |y + d|, where a d far below zero is chosen as often as one far above);
+    `x_gradient` through A (standalone) or not (fork); `bias_rule` mean: u sign(mean(c) - c), or share:
+    u sign(k / r - c) with raw counts c, which moves all ranks alike and balances nothing.
+    The default is Eq. 9 as written, its own gradient, and the rule that balances.
     """
 
     by_language = False
