@@ -29,7 +29,7 @@ def run(*args: str, cwd: Path = ROOT, script: Path = RUN) -> subprocess.Complete
         (["--nj", "0"], "--nj '0' is not a number of jobs"),
         (["--ngpu", "all"], "--ngpu 'all' is not a number"),
         (["--conf", "nano"], "no configuration 'nano'; give a file, or one of: mini.yaml paper.yaml"),
-        (["--method", "zipper", "--stage", "8"], "known methods: vanilla, zipper_soft"),
+        (["--method", "zipper", "--stage", "8"], "known methods: vanilla, flylora, independent"),
     ],
 )
 def test_a_wrong_option_is_one_line_and_status_1(args, message):

@@ -39,7 +39,9 @@ def make_run(exp, name, rates, *, missing=0):
     (run / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     rows = [{"step": step, "loss": 5 / step} for step in (1, 2, 3, 2, 3, 4)]
     (run / "log.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) + '{"step": 5, "lo')
-    (run / "train.json").write_text('{"steps": 4, "wall_s": 90.0, "num_trainable": 2500000, "audio_s": 7200.0}')
+    (run / "train.json").write_text(
+        '{"steps": 4, "wall_s": 90.0, "num_trainable": 2500000, "num_trainable_encoder": 500000,"audio_s": 7200.0}'
+    )
     embeddings = {lang: [1.0, i, i * i] for i, lang in enumerate(["de", "en", "th"])}
     (run / "language_embeddings.json").write_text(json.dumps(embeddings))
 
@@ -138,7 +140,20 @@ def test_which_languages_are_low_resource_can_be_said(exp):
 def test_runs_carry_their_cost(exp):
     row = next(row for row in rows_of(tables.cost(results.collect(exp))) if row["Run"] == "zipper_soft_full")
     assert (row["Trainable (M)"], row["Training (min)"], row["Audio (h)"], row["RTFx"]) == (2.5, 1.5, 2.0, 15.0)
+    assert (row["of which encoder (M)"], row["ms per step"]) == (0.5, 22500.0)
     assert (row["Test utterances"], row["No hypothesis"]) == (140, 14)
+
+
+def test_initial_b_stands_behind_the_method_that_it_starts(exp):
+    make_run(exp, "zipper_soft_initial_b_full", {"read_de_test": 1.0})
+    make_run(exp, "zipper_static_full", {"read_de_test": 3.0})
+    made = {table.name: table for table in tables.all_tables(results.collect(exp))}
+    assert [row["Method"] for row in rows_of(made["table5_high_resource_full"])] == [
+        "Vanilla-LoRA",
+        "Zipper-LoRA-Static",
+        "Zipper-LoRA-Soft",
+        "Zipper-LoRA-Soft + Initial-B",
+    ]
 
 
 def test_a_report_is_whole_and_its_links_lead_somewhere(whole_report):

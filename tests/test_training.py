@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from zipperasr import config, files
+from zipperasr.adapters import REGISTRY, language_parameters
 from zipperasr.cli import recipe as recipes
 from zipperasr.cli.main import main
 from zipperasr.data.packing import PackingSettings, Plan, RowsPerBatch, make_batch, pack, tokenize
@@ -87,8 +88,9 @@ def plain_training(trainer, num_steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, total_steps=num_steps, settings=settings)
         optimizer.zero_grad()
         (output.loss_sum / output.num_tokens).backward()
-        for p in parameters:  # a flat ZeRO partition has zeros where a parameter was not reached
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        own = {id(p) for ps in language_parameters(model).values() for p in ps}
+        for p in parameters:  # a flat ZeRO partition has zeros where a parameter was not reached; languages rest
+            p.grad = torch.zeros_like(p) if p.grad is None and id(p) not in own else p.grad
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -104,6 +106,67 @@ def test_training_is_adamw_on_the_token_mean_of_the_global_batch(recipe, whole, 
     after = weights(trainer)
     assert_close(after, plain_training(trainer, 7))
     assert max((after[name] - before[name]).abs().max() for name in before) > 2e-3
+
+
+def optimizer_state(trainer):
+    """{parameter group: copies of its flat weights, step and moments}."""
+    optimizer = trainer.engine.optimizer.optimizer
+    groups = [(group["lang"], group["params"][0]) for group in optimizer.param_groups]
+    return {lang: [p.detach().clone(), *(optimizer.state[p][k].clone() for k in ("step", "exp_avg", "exp_avg_sq"))]
+            for lang, p in groups}  # fmt: skip
+
+
+def test_a_language_absent_from_a_step_is_left_alone_by_momentum_and_decay(recipe, whole, tmp_path):
+    trainer = make_trainer(recipe, whole, tmp_path, rows=1, max_steps=9, weight_decay=0.1)
+    assert len({group["lr_scale"] for group in trainer.engine.optimizer.param_groups}) == 1
+    batches, seen = trainer._batches(range(9)), set()
+    for _ in range(9):
+        (batch,) = next(batches)
+        before = optimizer_state(trainer)
+        trainer._step([batch], is_stopping=False)
+        after = optimizer_state(trainer)
+        assert set(after) == {None, "de", "th"}
+        for lang in after:
+            same = [torch.equal(a, b) for a, b in zip(after[lang], before[lang], strict=True)]
+            assert all(same) if lang and lang not in batch.langs else not any(same), (lang, batch.langs)
+        seen |= set(batch.langs)
+    assert seen == {"de", "en", "th"}
+
+
+@pytest.mark.parametrize("method", REGISTRY)
+def test_every_method_learns_and_goes_on_after_an_interruption(recipe, stage1, tmp_path, monkeypatch, method):
+    adapter = [f"model.adapter.method={method}", "model.adapter.rank=8", "model.adapter.flylora.top_k=3"]
+    more = ["--init", str(stage1), *adapter, "training.stage2.max_steps=6"]
+    assert main(recipe.train(2, tmp_path / "whole", *more)) == 0
+    step = Trainer._step
+
+    def interrupted(trainer, batches, *, is_stopping):
+        if trainer.state.step == 3:
+            raise KeyboardInterrupt
+        return step(trainer, batches, is_stopping=is_stopping)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_step", interrupted)
+        assert main(recipe.train(2, tmp_path / "again", *more)) == 130
+    assert main(recipe.train(2, tmp_path / "again", *more)) == 0
+    ends = [load_file(runs.final_weights(tmp_path / name)) for name in ("whole", "again")]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    adapted = {name: t for name, t in ends[0].items() if name.startswith("encoder.") and ".B" in name}
+    assert all(t.any() for t in adapted.values())
+    assert method != "flylora" or all(t.any() for name, t in ends[0].items() if name.endswith("bias_moves"))
+
+
+def test_initial_b_begins_from_a_finished_zipper_run(recipe, stage1, tmp_path, capsys):
+    source, more = tmp_path / "zipper_soft_full", ["--init", str(stage1), "training.stage2.max_steps=2"]
+    begun = [*more, f"model.adapter.init_from={source}", "training.stage2.lr=1e-9"]
+    assert main(recipe.train(2, tmp_path / "early", *begun)) == 1
+    assert "zipper_soft_full: not a finished run" in capsys.readouterr().err
+    assert main(recipe.train(2, source, *more)) == 0
+    assert main(recipe.train(2, tmp_path / "initial_b", *begun)) == 0
+    theirs, ours = (load_file(runs.final_weights(run)) for run in (source, tmp_path / "initial_b"))
+    assert_close(*({n: t for n, t in w.items() if ".B_s" in n} for w in (theirs, ours)), atol=1e-7)
+    assert "init_from" in files.read_json(tmp_path / "initial_b" / "inputs.json")
 
 
 def test_the_rate_warms_up_linearly_and_falls_to_zero_along_a_cosine():

@@ -12,7 +12,7 @@ set -euo pipefail
 stage=0             # first stage
 stop_stage=8        # last stage
 conf=mini           # mini, paper, paper_30h (conf/<name>.yaml), or a YAML file of your own
-method=zipper_soft  # encoder adapter of Stage 2: one, several as vanilla,zipper_soft, or all
+method=zipper_soft  # encoder adapter of Stage 2: one, several as vanilla,zipper_soft, or all (zipperasr show methods)
 encoder=full        # context of the encoder: full or chunked
 data_dir=           # corpora, manifests, lists, features (default: data; data/paper for the paper's)
 exp_dir=            # runs and report (default: exp/<conf>)
@@ -56,8 +56,13 @@ ranks=$((ngpu > 0 ? ngpu : 2))  # of training; on a CPU always two, so that resu
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 methods=${method//,/ }
 [ "$method" != all ] || methods=$(zipperasr show methods --conf "$conf")
+method_settings() {  # <method>: sets `adapter`; <zipper>_initial_b is Initial-B, the zipper begun from the soft one's banks
+  adapter=("model.adapter.method=${1%_initial_b}")
+  [[ $1 != *_initial_b ]] || adapter+=("model.adapter.init_from=$exp_dir/zipper_soft_$encoder")
+}
 for method in $methods; do
-  zipperasr check-config --conf "$conf" "model.adapter.method=$method" >/dev/null
+  method_settings "$method"
+  zipperasr check-config --conf "$conf" "${adapter[@]}" >/dev/null
 done
 mapfile -t sets < <(zipperasr show sets --conf "$conf")
 mkdir -p "$exp_dir/log"
@@ -130,7 +135,8 @@ fi
 
 if begin 6 "Stage-2 training"; then
   for method in $methods; do
-    train 2 "${method}_$encoder" --init "$exp_dir/stage1_$encoder" "model.adapter.method=$method"
+    method_settings "$method"
+    train 2 "${method}_$encoder" --init "$exp_dir/stage1_$encoder" "${adapter[@]}"
   done
 fi
 

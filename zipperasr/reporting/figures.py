@@ -25,8 +25,9 @@ STYLES = {
     "zipper_static": ("#E69F00", "^"),
     "zipper_hard": ("#CC79A7", "P"),
     "zipper_soft": ("#D55E00", "D"),
+    "zipper_soft_initial_b": ("#000000", "*"),
 }
-OTHERS = (("#000000", "*"), ("#8B6914", "<"), ("#5D3A9B", ">"), ("#40B0A6", "h"))
+OTHERS = (("#8B6914", "<"), ("#5D3A9B", ">"), ("#40B0A6", "h"))
 GRID = {"color": "#d9d9d9", "linewidth": 0.6}
 RC = {"svg.hashsalt": "zipperasr", "font.family": "DejaVu Sans", "font.size": 10, "axes.spines.top": False}
 RC |= {"axes.spines.right": False, "axes.axisbelow": True, "axes.titlesize": 11, "legend.frameon": False}

@@ -25,7 +25,7 @@ def _readme(results: Results, made: list[tables.Table], captions: dict[str, str]
     yield "Error rates in percent: CER where a set's metric says so, WER elsewhere; "
     yield f"{tables.MISSING} stands for what has not been run. {_conditions(results)}\n"
     for table in made:
-        if table.name.startswith("overview"):
+        if table.name.startswith("overview") or table.name == "runs":
             yield f"\n## {table.title}\n\n{table.markdown()}"
     yield "\n## Tables\n\n"
     for table in made:

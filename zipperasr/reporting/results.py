@@ -26,6 +26,7 @@ SYSTEMS = {
     "zipper_hard": "Zipper-LoRA-Hard",
     "zipper_soft": "Zipper-LoRA-Soft",
 }
+INITIAL_B = "_initial_b"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Run:
     @property
     def label(self) -> str:
         """The system's name as in the paper's tables."""
-        return SYSTEMS.get(self.system, self.system)
+        base = self.system.removesuffix(INITIAL_B)
+        return SYSTEMS.get(base, base) + (" + Initial-B" if self.system != base else "")
 
     def error_rate(self, sets: Iterable[Iterable[str]]) -> float | None:
         """Percent: the mean over groups of sets of each group's mean; None unless every set is scored."""
@@ -152,8 +154,8 @@ def _read_if_there(path: Path) -> dict:
 
 
 def _order(run: Run) -> tuple:
-    known = list(SYSTEMS)
-    return run.stage, known.index(run.system) if run.system in known else len(known), run.directory.name
+    known, base = list(SYSTEMS), run.system.removesuffix(INITIAL_B)
+    return run.stage, known.index(base) if base in known else len(known), run.directory.name
 
 
 def _test_sets(configs: list[Path], stage: str) -> set[str]:

@@ -137,8 +137,12 @@ def low_resource(results: Results) -> Table:
 
 
 def cost(results: Results) -> Table:
-    """Every run with its size, training time, and decoding speed (audio seconds per wall second)."""
-    names = ("Run", "Trainable (M)", "Steps", "Training (min)", "Audio (h)", "Test utterances", "No hypothesis", "RTFx")
+    """Every run with its size, training time, and decoding speed (audio seconds per wall second).
+
+    The training of the run that an Initial-B run begins from is not in the latter's own.
+    """
+    names = ("Run", "Trainable (M)", "of which encoder (M)", "Steps", "Training (min)", "ms per step", "Audio (h)",
+             "Test utterances", "No hypothesis", "RTFx")  # fmt: skip
     return Table("runs", "Runs and their cost", [("", name) for name in names], [_cost(run) for run in results.runs])
 
 
@@ -149,8 +153,11 @@ def _cost(run: Run) -> list[Cell]:
     timings = [t for t in run.timing.values() if t.get("wall_s")]
     rtfx = sum(t["audio_s"] for t in timings) / sum(t["wall_s"] for t in timings) if timings else None
     utts, missing = (sum(s[key] for s in run.scores.values()) for key in ("num_utts", "num_missing"))
-    size, minutes, hours = scaled("num_trainable", 1e6), scaled("wall_s", 60), scaled("audio_s", 3600)
-    return [run.directory.name, size, run.train.get("steps"), minutes, hours, utts, missing, rtfx]
+    sizes = [scaled("num_trainable", 1e6), scaled("num_trainable_encoder", 1e6)]
+    steps = run.train.get("steps")
+    step_ms = scaled("wall_s", steps / 1e3) if steps else None
+    times = [steps, scaled("wall_s", 60), step_ms, scaled("audio_s", 3600)]
+    return [run.directory.name, *sizes, *times, utts, missing, rtfx]
 
 
 def _table(name: str, title: str, runs: list[Run], columns: list[Column], heads: list[tuple[str, str]]) -> Table:

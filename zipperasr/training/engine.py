@@ -23,17 +23,6 @@ MAX_BUCKET = 100_000_000
 """Gradient elements that are reduced together."""
 
 
-class AdamW(torch.optim.AdamW):
-    """AdamW that leaves a group alone, its momentum and decay too, while its language rests (`rest`)."""
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            if group["is_resting"]:
-                for parameter in group["params"]:
-                    parameter.grad = None
-        return super().step(closure)
-
-
 def prepare_process() -> None:
     """Choose this rank's device; to be called before anything imports DeepSpeed, as transformers does."""
     for name, value in ALONE.items():
@@ -66,7 +55,8 @@ def start(model: nn.Module, settings: StageSettings) -> DeepSpeedEngine:
             "reduce_bucket_size": min(MAX_BUCKET, sum(p.numel() for group in groups for p in group["params"])),
         },
     }
-    optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    optimizer.register_step_pre_hook(_leave_alone)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     for group in optimizer.param_groups:  # a group may rest in the first step, and ZeRO links all groups' state there
         for p in group["params"]:
@@ -111,9 +101,16 @@ def set_learning_rate(engine: DeepSpeedEngine, lr: float) -> None:
 
 
 def rest(engine: DeepSpeedEngine, langs: set[str]) -> None:
-    """In the next step, leave the parameters of `langs` alone: they had no utterance in the global batch.
+    """In the next step, leave the parameters of `langs` alone: nothing in the global batch used them.
 
     ZeRO's flat buffers give them zero gradients, with which momentum and weight decay would still move them.
     """
     for group in engine.optimizer.param_groups:
         group["is_resting"] = group["lang"] in langs
+
+
+def _leave_alone(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """AdamW passes by what has no gradient."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["is_resting"] else ():
+            parameter.grad = None

@@ -61,9 +61,7 @@ def final_weights(run_dir: Path) -> Path:
 def write_trainable(run_dir: Path, model: nn.Module) -> None:
     """Write trainable.txt, the tensors that are trained, and print how many numbers each part of the model trains."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    by_part = Counter()
-    for name, parameter in trainable.items():
-        by_part[name.partition(".")[0]] += parameter.numel()
+    by_part = count_trainable(model)
     parts = ", ".join(f"{part} {count:,}" for part, count in by_part.items())
     frozen = sum(p.numel() for p in model.parameters()) - by_part.total()
     summary = f"trainable parameters: {by_part.total():,} ({parts}); frozen: {frozen:,}"
@@ -71,6 +69,14 @@ def write_trainable(run_dir: Path, model: nn.Module) -> None:
         stream.write(f"# {summary}\n")
         stream.writelines(f"{name} {list(p.shape)}\n" for name, p in trainable.items())
     print(summary)
+
+
+def count_trainable(model: nn.Module) -> Counter[str]:
+    """How many numbers each part of the model (encoder, projector, llm) trains."""
+    by_part: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        by_part[name.partition(".")[0]] += parameter.numel() * parameter.requires_grad
+    return +by_part
 
 
 def write_language_embeddings(run_dir: Path, embeddings: dict[str, Tensor]) -> None:

@@ -240,8 +240,9 @@ class Trainer:
         )
 
     def _finish(self) -> None:
-        num_trainable = sum(p.numel() for p in self.parameters)
-        done = asdict(self.state) | {"steps": self.total_steps, "num_trainable": num_trainable}
+        by_part = runs.count_trainable(self.engine.module)
+        done = asdict(self.state) | {"steps": self.total_steps}
+        done |= {"num_trainable": by_part.total(), "num_trainable_encoder": by_part["encoder"]}
         files.write_json(self.run_dir / runs.FINISHED, done)
         checkpoints.drop_engine(self.run_dir)
 
