@@ -1,5 +1,6 @@
 """The recipe from stage 0 to stage 8, shortened: the same run.sh on a fiftieth of the mini corpora, for a few steps."""
 
+import csv
 import json
 import os
 import subprocess
@@ -7,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from zipperasr import files
+from zipperasr.training import runs
 
 RECIPE = Path(__file__).resolve().parents[1] / "egs" / "multilingual12"
 SHORT = {
@@ -20,8 +24,16 @@ SHORT = {
 }
 
 
-def run(work: Path, *args: str) -> subprocess.CompletedProcess:
-    command = [RECIPE / "run.sh", "--conf", work / "short.yaml", "--data-dir", work / "data", "--exp-dir", work / "exp"]
+FEW = {
+    "base": "short.yaml",  # the same but for its tests, which --method all would repeat seven times
+    "data": {"lists": {"settings": {"source": {"test": {"talk_zh_test_net": None}},
+                                    "target_1h": {"test": {"read_ar_test": None, "read_de_test": None}}}}},
+}  # fmt: skip
+ROWS = ["vanilla", "flylora", "independent", "zipper_static", "zipper_hard", "zipper_soft", "zipper_soft_initial_b"]
+
+
+def run(work: Path, *args: str, conf: str = "short.yaml") -> subprocess.CompletedProcess:
+    command = [RECIPE / "run.sh", "--conf", work / conf, "--data-dir", work / "data", "--exp-dir", work / "exp"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*map(str, command), *args], env=environment, capture_output=True, text=True, timeout=600)
 
@@ -79,3 +91,27 @@ def test_a_checkpoint_of_another_rank_is_refused_in_one_line(work):
     assert result.returncode == 1
     (error,) = (line for line in result.stderr.splitlines() if "error" in line)
     assert error.startswith("zipperasr: error:") and "has shape" in error
+
+
+def test_all_methods_are_trained_decoded_scored_and_reported_side_by_side(work):
+    """Last of all: it adds runs to the experiment."""
+    (work / "few.yaml").write_text(yaml.safe_dump(FEW))
+    result = run(work, "--stage", "6", "--method", "all", conf="few.yaml")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert zipperasr("show", "--conf", work / "few.yaml", "methods").stdout.split() == ROWS
+    source, begun = (load_file(runs.final_weights(work / "exp" / f"{name}_full")) for name in ROWS[-2:])
+    assert source.keys() == begun.keys() and any(not torch.equal(source[name], begun[name]) for name in source)
+    with open(work / "exp" / "report" / "tables" / "overview_full.csv", encoding="utf-8") as stream:
+        (row,) = (row for row in csv.DictReader(stream) if row["Set"] == "read ar")
+    assert list(row)[4:] == [
+        "Vanilla-LoRA",
+        "FlyLoRA",
+        "Independent-LoRA",
+        "Zipper-LoRA-Static",
+        "Zipper-LoRA-Hard",
+        "Zipper-LoRA-Soft",
+        "Zipper-LoRA-Soft + Initial-B",
+    ]
+    assert all(float(rate) >= 0 for rate in list(row.values())[3:])
+    readme = (work / "exp" / "report" / "README.md").read_text()
+    assert all(f"| {name}_full | " in readme for name in ROWS)

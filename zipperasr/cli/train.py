@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from zipperasr.training import runs
 from zipperasr.training.launch import launch
 
 if TYPE_CHECKING:
+    from zipperasr.model.speech_llm import SpeechLLM
     from zipperasr.training.trainer import Trainer
 
 
@@ -40,20 +42,31 @@ def run(args: argparse.Namespace) -> int:
     whole = recipe.load(args.conf, overrides=args.overrides)
     adapter = whole.model.adapter if args.stage == 2 else None
     whole = whole.model_copy(update={"stage": args.stage, "model": whole.model.model_copy(update={"adapter": adapter})})
+    begin_and_train(args, whole, begin=_begin, build_model=_model)
+    return 0
+
+
+def begin_and_train(
+    args: argparse.Namespace,
+    whole: recipe.Config,
+    *,
+    begin: Callable[[argparse.Namespace, recipe.Config], None],
+    build_model: Callable[[argparse.Namespace, recipe.Config], SpeechLLM],
+) -> None:
+    """Train what `build_model` leaves unfrozen into `args.run_dir`, locked and begun by rank 0, unless it is done."""
     is_first = int(os.environ.get("RANK", 0)) == 0
     with files.lock(args.run_dir) if is_first else nullcontext():
         if is_first:
-            _begin(args, whole)
+            begin(args, whole)
         if (args.run_dir / runs.FINISHED).is_file():
             print(f"{args.run_dir}: trained already")
-            return 0
-        trainer = _trainer(args, whole)
+            return
+        trainer = _trainer(args, whole, build_model)
         if is_first:
             runs.write_language_embeddings(args.run_dir, trainer.engine.module.language_embeddings)
         trainer.run()
         if is_first:
             print(f"{args.run_dir}: trained")
-    return 0
 
 
 def _begin(args: argparse.Namespace, whole: recipe.Config) -> None:
@@ -70,7 +83,7 @@ def _begin(args: argparse.Namespace, whole: recipe.Config) -> None:
     bound = ("stage", "data.features", "data.packing", "model", f"training.stage{args.stage}")
     runs.begin(args.run_dir, settings=whole, inputs=inputs, bound=bound)
     if args.init:
-        runs.link_init(args.run_dir, args.init)
+        runs.link_init(args.run_dir, runs.final_weights(args.init))
 
 
 def _initial_b(whole: recipe.Config) -> Path | None:
@@ -81,23 +94,29 @@ def _initial_b(whole: recipe.Config) -> Path | None:
     return path if (path / WEIGHTS).is_file() else runs.final_weights(path).parent
 
 
-def _trainer(args: argparse.Namespace, whole: recipe.Config) -> Trainer:
-    import torch
-
-    from zipperasr.data.packing import tokenize
-    from zipperasr.data.utterances import load_utterances
+def _model(args: argparse.Namespace, whole: recipe.Config) -> SpeechLLM:
     from zipperasr.model.checkpoint import build, load_trainable, warm_start
-    from zipperasr.training.engine import prepare_process
-    from zipperasr.training.trainer import Trainer
 
-    prepare_process()
-    settings = getattr(whole.training, f"stage{args.stage}")
-    torch.manual_seed(settings.seed)  # of fresh parameters
-    model = build(whole.model, args.stage)
+    model = build(whole.model, whole.stage)
     if args.init:
         load_trainable(model, runs.final_weights(args.init).parent, stage=1)
     if folder := _initial_b(whole):
         warm_start(model, folder, whole.model.adapter)
+    return model
+
+
+def _trainer(args: argparse.Namespace, whole: recipe.Config, build_model: Callable) -> Trainer:
+    import torch
+
+    from zipperasr.data.packing import tokenize
+    from zipperasr.data.utterances import load_utterances
+    from zipperasr.training.engine import prepare_process
+    from zipperasr.training.trainer import Trainer
+
+    prepare_process()
+    settings = getattr(whole.training, f"stage{whole.stage}")
+    torch.manual_seed(settings.seed)  # of fresh parameters
+    model = build_model(args, whole)
     train, dev = (
         tokenize(
             load_utterances(args.data_dir, settings.setting, part, None, whole.data.features),

@@ -37,9 +37,11 @@ def begin(run_dir: Path, *, settings: Settings, inputs: dict[str, str], bound: t
     config.save(run_dir / "config.yaml", settings)
 
 
-def link_init(run_dir: Path, stage1_dir: Path) -> None:
-    """Give a stage-2 run the final weights of stage 1 as init/trainable.safetensors, linked where the disk allows."""
-    source = final_weights(stage1_dir)
+def link_init(run_dir: Path, source: Path) -> None:
+    """Give a stage-2 run the weights of stage 1, in the file `source`, as init/trainable.safetensors.
+
+    Linked where the disk allows.
+    """
     with files.beside(run_dir / "init" / source.name) as temporary:
         try:
             os.link(source, temporary)
