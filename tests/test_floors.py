@@ -15,6 +15,7 @@ ROOT = Path(zipperasr.__file__).parent
 FLOORS = {
     "cli": 5,
     "reporting": 4,
+    "bench": 4,
     "training": 3,
     "decoding": 3,
     "model": 2,

@@ -1,9 +1,9 @@
 """What all adapters share: a frozen linear layer, a low-rank update per language, and the fused pass over a batch.
 
-    y = W0 x + b + B_l A_l x
+    y = W0 x + b + s B_l A_l x
 
 Legend: T tokens of all utterances laid end to end, I input width, O output width, R rank, G distinct languages of a
-batch. A is [R, I], B is [O, R]; scaling = alpha / rank is folded into B.
+batch. A is [R, I], B is [O, R]; s = alpha / rank is the scaling.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class AdaptedLinear(nn.Module):
         self.banks = banks
 
     def factors(self, langs: Sequence[str | None]) -> tuple[Tensor, Tensor]:
-        """A [R, I] or [G, R, I], and B [G, O, R] with the scaling in it, for each of `langs`."""
+        """A [R, I] or [G, R, I], and B [G, O, R], for each of `langs`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, runs: Runs | None = None) -> Tensor:
@@ -107,7 +107,7 @@ class AdaptedLinear(nn.Module):
         """
         A, (B,) = self.factors([lang])
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return (A[0] if A.dim() == 3 else A).to(dtype), B.to(dtype)
+        return (A[0] if A.dim() == 3 else A).to(dtype), self.scaling * B.to(dtype)
 
 
 def new_A(linear: nn.Linear, rank: int) -> nn.Parameter:
@@ -123,7 +123,7 @@ def new_B(linear: nn.Linear, rank: int) -> nn.Parameter:
 
 
 class LowRankLinear(torch.autograd.Function):
-    """x W^T + b + (x A^T) B_g^T, where each run of tokens has its own B (and perhaps A).
+    """x W^T + b + s (x A^T) B_g^T, where each run of tokens has its own B (and perhaps A).
 
     Written out because it keeps only x and x A^T for the backward pass, which composes A and B from the layer's
     parameters again, adds into the layer's output in place, and never forms a gradient of the frozen weight.
@@ -139,7 +139,7 @@ class LowRankLinear(torch.autograd.Function):
         y = F.linear(x_, weight, None if bias is None else bias.to(dtype))
         h = down(x_, A, runs)  # [T, R]
         for g, start, stop in runs:
-            y[start:stop].addmm_(h[start:stop], B[g].T)
+            y[start:stop].addmm_(h[start:stop], B[g].T, alpha=layer.scaling)
         ctx.save_for_backward(x_, h, weight, *parameters)
         ctx.layer, ctx.langs, ctx.runs, ctx.dtype = layer, langs, runs, x.dtype
         return y
@@ -154,12 +154,12 @@ class LowRankLinear(torch.autograd.Function):
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         dA = torch.zeros_like(A) if A_.requires_grad else None
         dB = torch.zeros_like(B) if B_.requires_grad else None
-        dh = torch.empty_like(h)
+        dh, s = torch.empty_like(h), ctx.layer.scaling
         for g, start, stop in ctx.runs:
             dy_g, dh_g = dy[start:stop], dh[start:stop]
-            torch.mm(dy_g, B[g], out=dh_g)
+            torch.addmm(dh_g, dy_g, B[g], beta=0, alpha=s, out=dh_g)
             if dB is not None:
-                dB[g].addmm_(dy_g.T, h[start:stop])
+                dB[g].addmm_(dy_g.T, h[start:stop], alpha=s)
             if A.dim() == 3:
                 if dA is not None:
                     dA[g].addmm_(dh_g.T, x[start:stop])

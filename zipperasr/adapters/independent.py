@@ -21,4 +21,4 @@ class Independent(AdaptedLinear):
             torch.stack([bank[lang] if lang else nothing[bank].expand_as(next(iter(bank.values()))) for lang in served])
             for bank in (self.A_spec, self.B_spec)
         )
-        return A, self.scaling * B
+        return A, B

@@ -33,7 +33,7 @@ class Zipper(AdaptedLinear):
         raise NotImplementedError
 
     def factors(self, langs):
-        return self.A, self.scaling * self.zip([self.banks.of(lang) for lang in langs])
+        return self.A, self.zip([self.banks.of(lang) for lang in langs])
 
     def warm_start(self, source, *, init_A, init_router):
         names = ["B_shared", *(f"B_spec.{lang}" for lang in self.B_spec)]

@@ -20,9 +20,13 @@ VERBS = {
     "lists": "draw the fixed utterance lists of every setting",
     "features": "precompute log-mel features",
     "train": "train stage 1 or stage 2",
+    "add-language": "give a trained stage-2 run another language, and leave the others as they are",
     "decode": "transcribe sets with a trained run",
     "score": "word or character error rates of decode directories",
     "report": "tables and figures of every scored run",
+    "inspect": "print what a checkpoint holds: parameters, languages, shares of specific ranks",
+    "export": "write a run in the formats of transformers and PEFT",
+    "bench": "time this code beside what it is compared with",
 }
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 

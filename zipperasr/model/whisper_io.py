@@ -1,4 +1,4 @@
-"""Reading and writing Whisper models in openai-whisper's form."""
+"""Reading and writing Whisper models in openai-whisper's form, and what transformers calls the encoder's tensors."""
 
 import dataclasses
 from pathlib import Path
@@ -13,6 +13,28 @@ from whisper.tokenizer import get_tokenizer
 
 from zipperasr import files
 from zipperasr.errors import UserError
+
+HF_NAMES = (
+    ("blocks.", "layers."),
+    ("attn_ln.", "self_attn_layer_norm."),
+    ("attn.query.", "self_attn.q_proj."),
+    ("attn.key.", "self_attn.k_proj."),
+    ("attn.value.", "self_attn.v_proj."),
+    ("attn.out.", "self_attn.out_proj."),
+    ("mlp_ln.", "final_layer_norm."),
+    ("mlp.0.", "fc1."),
+    ("mlp.2.", "fc2."),
+    ("ln_post.", "layer_norm."),
+    ("positional_embedding", "embed_positions.weight"),
+)
+"""Parts of encoder tensors' names in openai-whisper and in transformers; replaced in this order, also backwards."""
+
+
+def hf_name(name: str) -> str:
+    """What transformers' WhisperEncoder calls the encoder tensor `name` of openai-whisper."""
+    for ours, theirs in HF_NAMES:
+        name = name.replace(ours, theirs)
+    return name
 
 
 def load_whisper(name: str) -> tuple[Whisper, dict[str, int]]:

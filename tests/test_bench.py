@@ -1,0 +1,181 @@
+"""Benchmarks: what is measured is what is printed, and every case does the work that it is compared by."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from zipperasr.adapters import REGISTRY, language_runs
+from zipperasr.bench import adapters, timing
+from zipperasr.bench.timing import Report, Target
+from zipperasr.cli import main as cli
+
+TINY = ["--sizes", "16x16", "16x32", "--tokens", "24", "--rounds", "1", "--langs", "1", "12", "--threads", "1"]
+PEFT_CASES = {adapters.SINGLE, adapters.MIXED, adapters.MIXED + adapters.FORWARD}
+
+
+@pytest.fixture
+def bench(capsys, tmp_path):
+    """Runs `zipperasr bench adapters` at a tiny size; gives what it printed and its JSON."""
+    threads = torch.get_num_threads()
+
+    def run(*options: str) -> tuple[str, dict]:
+        path = tmp_path / "bench.json"
+        assert cli.main(["bench", "adapters", *TINY, *options, "--json", str(path)]) == 0
+        return capsys.readouterr().out, json.loads(path.read_text())
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def cells_of(printed: str) -> list[list[str]]:
+    """The rows of the printed table."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+
+
+def shown(value: object) -> str:
+    """How the table prints what JSON holds."""
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return "–" if value is None else str(value)
+
+
+def test_the_table_has_every_method_and_peft_for_every_size_and_number_of_languages(bench):
+    pytest.importorskip("peft")
+    _, found = bench()
+    for where in ("16x16", "16x32"):
+        numbers: dict[str, list] = {}
+        for row in found["rows"]:
+            if row["where"] == where:
+                numbers.setdefault(row["case"], []).append(row["languages"])
+        once = {adapters.FROZEN, adapters.FROZEN + adapters.FORWARD, "vanilla", "flylora", adapters.SINGLE}
+        assert numbers == {case: ["any"] if case in once else [1, 12] for case in (*once, *REGISTRY, *PEFT_CASES)}
+
+
+def test_json_holds_the_printed_figures(bench):
+    printed, found = bench()
+    columns, _, *rows = cells_of(printed)
+    assert rows == [[shown(row.get(column)) for column in columns] for row in found["rows"]]
+    assert [f"{key}: {value}" for key, value in found["header"].items()] == printed.split("\n\n")[0].splitlines()
+    targets = printed.strip().split("\n\n")[-1].splitlines()
+    assert targets == [
+        f"{t['what']}: {shown(t['value'])} {t['relation']} {t['limit']:.2f}, {t['verdict']}" for t in found["targets"]
+    ]
+
+
+def test_the_frozen_layer_is_one_and_keeps_nothing(bench):
+    _, found = bench()
+    frozen = [row for row in found["rows"] if row["case"] == adapters.FROZEN]
+    assert [(row["ratio"], row["saved / x"], row["trainable"]) for row in frozen] == [(1.0, 0.0, 0)] * 2
+
+
+def test_memory_and_parameters_are_those_of_the_definition(bench):
+    """Kept are x and x A^T [tokens, 32], of 16 inputs each token: 1 + 32 / 16. Eq. 7 and 8 count the parameters."""
+    _, found = bench()
+    rows = {(row["where"], row["case"], row["languages"]): row for row in found["rows"]}
+    assert rows["16x32", "zipper_soft", 12]["saved / x"] == rows["16x32", "vanilla", "any"]["saved / x"] == 3.0
+    assert rows["16x32", "vanilla", "any"]["trainable"] == 32 * (16 + 32)
+    assert rows["16x32", "independent", 1]["trainable"] == 12 * 32 * (16 + 32)
+
+
+def test_a_missing_peft_is_stated(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    printed, found = bench()
+    assert printed.count("PEFT (skipped: peft is not installed)") == 2
+    assert not PEFT_CASES & {row["case"] for row in found["rows"]}
+    assert {t["verdict"] for t in found["targets"] if adapters.SINGLE in t["what"]} == {"not measured"}
+
+
+def test_an_encoder_is_timed_by_every_method(bench, monkeypatch):
+    monkeypatch.setitem(adapters.ENCODERS, "tiny", (80, 16, 2, 1))
+    _, found = bench("--encoder", "tiny")
+    rows = [row for row in found["rows"] if row["where"] == "encoder tiny"]
+    assert [row["case"] for row in rows] == list(REGISTRY)
+    assert rows[0]["ratio"] == 1.0 and all(row["ratio"] > 0 for row in rows)
+    assert found["targets"][-1]["what"] == "encoder tiny: zipper_soft over vanilla"
+
+
+WRONG = (["nonsense"], ["adapters", "--sizes", "16"], ["adapters", "--rounds", "0"])
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
+def test_wrong_usage_is_one_clear_error(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["bench", *arguments])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and f"'{arguments[-1]}'" in error.splitlines()[-1] and error.startswith("usage:")
+
+
+# Timing
+
+
+def test_ratios_are_taken_within_rounds():
+    """On a machine ten times slower in every round, b takes twice as long as a in each."""
+    ticks = [1.0]
+
+    def a():
+        ticks.append(10 * ticks[-1])
+
+    def b():
+        ticks.append(ticks[-1])
+        ticks.append(ticks[-1])
+
+    seconds = timing.interleave({"a": a, "b": b}, rounds=3, title="", clock=lambda: sum(ticks))
+    assert seconds["a"] == [10.0**i for i in range(timing.WARM_UP + 1, timing.WARM_UP + 4)]
+    assert timing.ratio(seconds["b"], seconds["a"]) == 2.0
+
+
+def test_steps_run_in_turn():
+    order = []
+    timing.interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, title="")
+    assert order == ["a", "b"] * (2 + timing.WARM_UP)
+
+
+def test_the_ratio_is_the_median_over_rounds():
+    assert timing.ratio([1.0, 6.0, 30.0], [1.0, 2.0, 3.0]) == 3.0
+
+
+def test_a_target_says_whether_it_is_met():
+    cases = [Target("a", 1.2, 1.2), Target("b", 1.21, 1.2), Target("c", 2.9, 3.0, ">="), Target("d", None, 1.0)]
+    assert [target.verdict for target in cases] == ["met", "missed", "missed", "not measured"]
+    assert Report({}, [], cases).text().splitlines()[-1] == "d: – <= 1.00, not measured"
+
+
+# What is timed
+
+
+def test_saved_bytes_counts_each_storage_once_and_not_what_is_known():
+    """x * w saves both; (x * w) * (x * w) saves x * w twice; w is known."""
+    x, w = torch.ones(6, 4, requires_grad=True), nn.Parameter(torch.ones(6, 4))
+    assert adapters.saved_bytes(lambda: x * w, [w]) == 6 * 4 * 4
+    assert adapters.saved_bytes(lambda: x * w, []) == 2 * 6 * 4 * 4
+    assert adapters.saved_bytes(lambda: (x * w)[:2] * (x * w)[2:4], [w]) == 3 * 6 * 4 * 4
+    assert adapters.saved_bytes(lambda: x + w, []) == 0
+
+
+def test_rows_of_one_language_are_neighbours():
+    assert adapters.langs_of_rows(1) == list(adapters.LANGS[:1]) * 12
+    assert adapters.langs_of_rows(4) == [lang for lang in adapters.LANGS[:4] for _ in range(3)]
+    assert adapters.langs_of_rows(12) == list(adapters.LANGS)
+
+
+def test_pefts_mixed_adapters_do_the_work_of_independent():
+    """With the same A and B: the same output, and the same gradients."""
+    pytest.importorskip("peft")
+    linear, langs = nn.Linear(16, 8, dtype=torch.float64), adapters.langs_of_rows(4)
+    theirs = adapters.peft_layer(linear, adapters.LANGS)
+    (ours,) = adapters.adapted(nn.Sequential(linear), "independent", ["0"])
+    factors = []
+    for lang in dict.fromkeys(langs):
+        factors += [(ours.A_spec[lang], theirs.lora_A[lang].weight), (ours.B_spec[lang], theirs.lora_B[lang].weight)]
+    with torch.no_grad():
+        for own, other in factors:
+            other.copy_(own)
+    x = torch.randn(12, 3, 16, dtype=torch.float64, requires_grad=True)
+    y, expected = ours(x, language_runs(langs, [3] * 12)), theirs(x, adapter_names=langs)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    gradients = torch.autograd.grad(y.square().sum(), [x, *(own for own, _ in factors)])
+    for a, b in zip(gradients, torch.autograd.grad(expected.square().sum(), [x, *(p for _, p in factors)])):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
