@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from zipperasr.adapters.zipper import Routed
 from zipperasr.errors import UserError
 from zipperasr.model import WEIGHTS, RunSettings, find_checkpoint, run_of
 
-ADAPTED = re.compile(r"encoder\.(blocks\.(\d+)\.\w+\.\w+)\.(.+)")  # the layer, its block, the layer's own tensor
+ADAPTED = re.compile(r"encoder\.(blocks\.\d+\.\w+\.\w+)\.(.+)")  # the layer, and its tensor's own name
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -31,15 +31,15 @@ def inspect(folder: Path) -> dict[str, Any]:
     settings = run.model.adapter if run.stage == 2 else None
     is_routed = settings is not None and issubclass(method_class(settings.method), Routed)
     sizes, adapters = _read(checkpoint / WEIGHTS, with_adapters=is_routed)
-    figures = {"checkpoint": str(checkpoint), "stage": run.stage, "parameters": {"total": sum(sizes.values())}}
-    figures["parameters"]["by_part"] = _sums(sizes, {name: name.partition(".")[0] for name in sizes})
+    counts = {"total": sum(sizes.values()), "by_part": _sums(sizes, lambda name: name.partition(".")[0])}
+    figures = {"checkpoint": str(checkpoint), "stage": run.stage, "parameters": counts}
     if settings:
-        own = {name: name.rpartition(".")[2] for name in sizes if name.startswith("encoder.")}
-        owner = {name: lang if lang in settings.langs else "shared" for name, lang in own.items()}
-        figures["parameters"]["adapter"] = _sums(sizes, owner)
+        of_encoder = {name: size for name, size in sizes.items() if name.startswith("encoder.")}
+        counts["adapter"] = _sums(of_encoder, lambda name: _owner(name, settings))
         figures["adapter"] = settings.model_dump(mode="json")
     if is_routed:
-        figures["specific_share"] = _specific_share(adapters, settings, _embeddings(run_of(checkpoint), settings))
+        layers = _rebuilt(adapters, settings, _embeddings(run_of(checkpoint), settings))
+        figures["specific_share"] = {lang: _shares(layers, lang) for lang in settings.langs}
     return figures
 
 
@@ -54,11 +54,17 @@ def _read(path: Path, *, with_adapters: bool) -> tuple[dict[str, int], dict[str,
         raise UserError(f"{path}: broken ({error}); delete it and train again") from error
 
 
-def _sums(sizes: Mapping[str, int], key_of: Mapping[str, str]) -> dict[str, int]:
+def _sums(sizes: Mapping[str, int], key_of: Callable[[str], str]) -> dict[str, int]:
     sums: Counter[str] = Counter()
-    for name, key in key_of.items():
-        sums[key] += sizes[name]
+    for name, size in sizes.items():
+        sums[key_of(name)] += size
     return dict(sums)
+
+
+def _owner(name: str, settings: AdapterSettings) -> str:
+    """The language that an adapter's tensor belongs to: the last part of its name, or else `shared`."""
+    last = name.rpartition(".")[2]
+    return last if last in settings.langs else "shared"
 
 
 def _embeddings(run_dir: Path, settings: AdapterSettings) -> dict[str, Tensor]:
@@ -67,27 +73,28 @@ def _embeddings(run_dir: Path, settings: AdapterSettings) -> dict[str, Tensor]:
     return {lang: torch.tensor(e) for lang, e in files.read_json(run_dir / "language_embeddings.json").items()}
 
 
-@torch.no_grad()
-def _specific_share(
+def _rebuilt(
     tensors: Mapping[str, Tensor], settings: AdapterSettings, embeddings: Mapping[str, Tensor]
-) -> dict[str, list[float]]:
-    """By language, from the tensors of the encoder's adapters."""
-    by_layer: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    by_block: dict[int, list[int]] = defaultdict(list)
+) -> dict[str, Routed]:
+    """The adapted layers, by name, from the encoder's tensors."""
+    own: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
-        layer, _, key = ADAPTED.fullmatch(name).groups()
-        by_layer[layer][key] = tensor
-    names = sorted(by_layer, key=lambda name: -len(by_layer[name]))  # first the one with what all layers share
-    layers = nn.ModuleList(_linear(by_layer[name]) for name in names)
+        layer, key = ADAPTED.fullmatch(name).groups()
+        own[layer][key] = tensor
+    names = sorted(own, key=lambda name: -len(own[name]))  # what all layers share is stored with the first
+    layers = nn.ModuleList(_linear(own[name]) for name in names)
     adapt(layers, [str(i) for i in range(len(names))], settings, language_embeddings=embeddings)
-    load_adapter_state(layers, {f"{i}.{key}": t for i, name in enumerate(names) for key, t in by_layer[name].items()})
-    for i, name in enumerate(names):
-        by_block[int(name.split(".")[1])].append(i)
-    blocks = [by_block[block] for block in sorted(by_block)]
-    return {
-        lang: [torch.stack([layers[i].specific_share(lang) for i in block]).double().mean().item() for block in blocks]
-        for lang in settings.langs
-    }
+    load_adapter_state(layers, {f"{i}.{key}": t for i, name in enumerate(names) for key, t in own[name].items()})
+    return dict(zip(names, layers, strict=True))
+
+
+@torch.no_grad()
+def _shares(layers: Mapping[str, Routed], lang: str) -> list[float]:
+    """The mean share of specific ranks in each block."""
+    by_block: dict[int, list[Tensor]] = defaultdict(list)
+    for name, layer in layers.items():
+        by_block[int(name.split(".")[1])].append(layer.specific_share(lang))
+    return [torch.stack(by_block[block]).double().mean().item() for block in sorted(by_block)]
 
 
 def _linear(adapter: Mapping[str, Tensor]) -> nn.Linear:

@@ -1,6 +1,7 @@
-"""Reading and writing Whisper models in openai-whisper's form, and what transformers calls the encoder's tensors."""
+"""Reading and writing Whisper models in openai-whisper's form, and their encoders in that of transformers."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -8,6 +9,9 @@ import torch
 import whisper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from whisper.model import ModelDimensions, Whisper
 from whisper.tokenizer import get_tokenizer
 
@@ -63,6 +67,26 @@ def save_whisper(
     files.write_json(folder / "config.json", config)
     with files.beside(folder / "model.safetensors") as temporary:
         save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}, temporary)
+
+
+def save_hf_encoder(folder: Path, tensors: Mapping[str, Tensor], *, num_heads: int, dtype: torch.dtype) -> None:
+    """Write an encoder, `tensors` by openai-whisper's names, as what WhisperEncoder.from_pretrained loads."""
+    width, num_bins, _ = tensors["conv1.weight"].shape
+    config = WhisperConfig(
+        d_model=width, num_mel_bins=num_bins, max_source_positions=len(tensors["positional_embedding"]),
+        encoder_layers=sum(name.endswith(".attn_ln.weight") for name in tensors), encoder_attention_heads=num_heads,
+        encoder_ffn_dim=len(tensors["blocks.0.mlp.0.weight"]),
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = WhisperEncoder(config)
+    save_hf(folder, model, {hf_name(name): t for name, t in tensors.items()}, dtype)
+
+
+def save_hf(folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Write `model`, built on the meta device, with `tensors` cast to `dtype`."""
+    model.load_state_dict(tensors, assign=True)
+    model.tie_weights()
+    model.to(dtype).save_pretrained(folder)
 
 
 def _load_folder(folder: Path) -> tuple[Whisper, dict[str, int]]:
