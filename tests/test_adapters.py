@@ -613,6 +613,20 @@ def test_a_compiled_model_follows_the_languages_of_each_batch(case, rows):
         torch.testing.assert_close(*found, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("case", [Case("independent"), Case("zipper_hard")], ids=str)
+def test_a_compiled_layer_follows_the_runs_that_it_is_given(case, x):
+    torch._dynamo.reset()
+    m = layer_of(case)
+    compiled = torch.compile(m, backend="aot_eager")
+    for langs, lengths in ((["de", "th"], [4, 7]), (["th", "zh", "de"], [1, 6, 4]), (["ja"], [11])):
+        runs = language_runs(langs, lengths)
+        y, same = m(x, runs), compiled(x, runs)
+        torch.testing.assert_close(same, y, rtol=0, atol=1e-12)
+        inputs = [x, *m.parameters_for(runs.langs)]
+        expected, found = (torch.autograd.grad(z.square().sum(), inputs, allow_unused=True) for z in (y, same))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
 def test_gradients_accumulate_over_batches_of_different_languages(foreign, rows):
     for langs in (["de"] * 4, ["th"] * 4):
         with batch_languages(langs):
