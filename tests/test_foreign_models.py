@@ -104,4 +104,4 @@ def test_each_rows_gradients_add_up_to_the_batchs(wav2vec2):
     alone = [gradients(wav2vec2, row[None], [lang]) for row, lang in zip(audio, LANGS, strict=True)]
     for name, gradient in together.items():
         total = sum(each[name] for each in alone if name in each)  # transformers' CTC loss is a sum
-        torch.testing.assert_close(total, gradient, rtol=0, atol=1e-5 * gradient.abs().max().item())
+        torch.testing.assert_close(total, gradient, rtol=0, atol=1e-4 * gradient.abs().max().item())
