@@ -586,6 +586,15 @@ def test_recomputation_sees_the_languages_of_its_own_forward_pass(foreign, rows)
         torch.testing.assert_close(again[name], gradient, rtol=0, atol=1e-12)
 
 
+def test_a_kept_graph_is_recomputed_with_its_languages_again(foreign, rows):
+    with batch_languages(["de", "th", "de", "ja"]):
+        loss = checkpoint(foreign, rows, use_reentrant=False, context_fn=checkpoint_contexts).square().sum()
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in trainable(foreign).values()]
+    loss.backward()
+    torch.testing.assert_close([p.grad for p in trainable(foreign).values()], [2 * g for g in once])
+
+
 def test_recomputation_without_its_languages_is_an_error_even_where_others_are_said(foreign, rows):
     with batch_languages(["de"] * 4):
         loss = checkpoint(foreign, rows.requires_grad_(), use_reentrant=False).sum()

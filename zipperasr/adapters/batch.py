@@ -8,7 +8,7 @@ Legend: T tokens of all utterances laid end to end, N rows, G distinct languages
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -86,8 +86,9 @@ class _Rows:
 _rows: ContextVar[_Rows | None] = ContextVar("rows", default=None)
 
 
-@contextlib.contextmanager
-def batch_languages(langs: Sequence[str], *, beams: int = 1, is_real: Tensor | None = None) -> Iterator[None]:
+def batch_languages(
+    langs: Sequence[str], *, beams: int = 1, is_real: Tensor | None = None
+) -> contextlib.AbstractContextManager[None]:
     """Within the block, row i of every batch that reaches an adapted layer is in `langs[i]`.
 
     beams: how many times a beam search repeats each row, as neighbours (layers then take N or N * beams rows).
@@ -95,8 +96,7 @@ def batch_languages(langs: Sequence[str], *, beams: int = 1, is_real: Tensor | N
     A layer outside any block, or with another number of rows, raises UserError. Under activation checkpointing, layers
     run again in the backward pass, perhaps after the block: give `checkpoint_contexts` to the checkpointing function.
     """
-    with _set(_Rows(tuple(langs), beams, is_real)):
-        yield
+    return _Saying(_Rows(tuple(langs), beams, is_real))
 
 
 def checkpoint_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
@@ -106,7 +106,7 @@ def checkpoint_contexts() -> tuple[contextlib.AbstractContextManager, contextlib
     """
     rows = _rows.get()
     again = rows and _Rows(rows.langs, rows.beams, rows.is_real, in_backward=True, found=rows.found)
-    return contextlib.nullcontext(), _set(again)
+    return contextlib.nullcontext(), _Saying(again)
 
 
 @torch.compiler.disable
@@ -133,13 +133,17 @@ def current_is_real(x: Tensor) -> Tensor | None:
     return rows.runs(x.shape[:-1]).is_real if rows is not None and rows.is_real is not None else None
 
 
-@contextlib.contextmanager
-def _set(rows: _Rows | None) -> Iterator[None]:
-    token = _rows.set(rows)
-    try:
-        yield
-    finally:
-        _rows.reset(token)
+class _Saying(contextlib.AbstractContextManager[None]):
+    """Says the languages of rows within a block; may be entered again, as when a graph is kept for a second backward."""
+
+    def __init__(self, rows: _Rows | None):
+        self.rows = rows
+
+    def __enter__(self) -> None:
+        self.token = _rows.set(self.rows)
+
+    def __exit__(self, *_: object) -> None:
+        _rows.reset(self.token)
 
 
 class Banks:
