@@ -134,7 +134,7 @@ def current_is_real(x: Tensor) -> Tensor | None:
 
 
 class _Saying(contextlib.AbstractContextManager[None]):
-    """Says the languages of rows within a block; may be entered again, as when a graph is kept for a second backward."""
+    """Says the languages of rows within a block, more than once if a kept graph has a second backward pass."""
 
     def __init__(self, rows: _Rows | None):
         self.rows = rows
