@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from zipperasr.adapters import AdapterSettings, adapt
 from zipperasr.errors import UserError
@@ -23,6 +24,7 @@ MAX_LOGITS = 2**26  # logits held at a time: 256 MiB in fp32
 
 def load_llm(settings: LLMSettings) -> PreTrainedModel:
     """The LLM in fp32 with a fresh LoRA on all its linear layers. Raises UserError when there is no such model."""
+    disable_progress_bar()  # a bar for a second's work, in every process and every log
     try:
         llm = AutoModelForCausalLM.from_pretrained(
             settings.pretrained,
