@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cosine_similarity
 
 from zipperasr import config, files
+from zipperasr.adapters import REGISTRY
 from zipperasr.adapters.extend import extended
 from zipperasr.cli import recipe as recipes
 from zipperasr.cli.main import main
@@ -38,6 +39,7 @@ BASES = {
     "onehot": ["model.adapter.zipper.signal=onehot"],
     "vanilla": [],
     "flylora": ["model.adapter.flylora.top_k=2"],
+    "zipper_hard_all_shared": ["model.adapter.zipper.tau=1"],
 }
 """Runs on German and Thai: a method, or a name for zipper_soft with other settings."""
 BANKED = pytest.mark.parametrize("name", ["zipper_soft", "zipper_hard", "zipper_static", "independent", "learned"])
@@ -66,7 +68,8 @@ def base(recipe, tmp_path_factory):
     assert main(recipe.train(1, exp / "stage1", "training.stage1.max_steps=1")) == 0
 
     def train(name):
-        method = name if name in ("vanilla", "flylora", "independent") or name.startswith("zipper") else "zipper_soft"
+        method = name.removesuffix("_all_shared")
+        method = method if method in REGISTRY else "zipper_soft"
         more = ["--init", str(exp / "stage1"), f"model.adapter.method={method}", *BASES[name]]
         if not (exp / name / runs.FINISHED).is_file():
             assert main(recipe.train(2, exp / name, *more)) == 0
@@ -204,6 +207,11 @@ def test_a_router_for_all_layers_and_its_signal_are_extended_once(recipe, base, 
 def test_what_cannot_be_added_is_refused_with_the_reason(recipe, base, tmp_path, capsys, name, more, reason):
     assert re.search(reason, refused(capsys, add(recipe, base(name), tmp_path / "run", **more)))
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_language_that_the_routers_give_nothing_is_refused(recipe, base, tmp_path, capsys):
+    said = refused(capsys, add(recipe, base("zipper_hard_all_shared"), tmp_path / "run"))
+    assert "the routers give 'en' no rank of its own in any layer" in said
 
 
 def test_overrides_of_the_model_are_refused(recipe, base, tmp_path, capsys):

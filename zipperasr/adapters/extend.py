@@ -53,10 +53,17 @@ def begin_language(
 ) -> str | None:
     """Set what is the own of `lang`, new in the adapters of `module`; returns the nearest language where that is used.
 
-    `zero` leaves it as it was drawn. Raises UserError for `nearest` where Whisper does not know the language.
+    `zero` leaves it as it was drawn. Raises UserError for `nearest` where Whisper does not know the language, and where
+    a router gives the language no rank of its own, so that its bank could not learn.
     """
     import torch
 
+    shares = [layer.specific_share(lang) for layer in adapted_layers(module).values()]
+    if not any(share is None or share.any() for share in shares):
+        raise UserError(
+            f"the routers give '{lang}' no rank of its own in any layer, so there is nothing to train; add it to a run "
+            "of zipper_soft, whose routers mix"
+        )
     own = list(_by_lang(module, lang))
     if begin == "zero":
         return None
