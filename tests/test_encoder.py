@@ -5,8 +5,9 @@ import tiny
 import torch
 from torch.nn import functional as F
 
+from zipperasr.adapters import AdapterSettings, adapt, adapted_layers
 from zipperasr.errors import UserError
-from zipperasr.model.encoder import SpeechEncoder
+from zipperasr.model.encoder import ADAPTED, SpeechEncoder
 
 LENGTHS = [1, 2, 3, 57, 58, 119, 120, 90]
 LANGS = ["de"] * len(LENGTHS)
@@ -88,6 +89,16 @@ def test_padding_to_30_s_equals_whispers_own_encoder_on_padded_features(whisper,
     for actual, f in zip(x.split(lengths), features, strict=True):
         padded = F.pad(f, (0, 0, 0, 120 - len(f)), value=max(f.max().item() - 2, -1.5))
         assert_close(actual, whisper.encoder(padded.T[None])[0, : len(actual)])
+
+
+@pytest.mark.parametrize("pad_to_30s", [False, True])
+def test_flylora_counts_the_frames_of_utterances_and_not_their_padding(features, pad_to_30s):
+    torch.manual_seed(0)
+    encoder = SpeechEncoder(tiny.make_whisper(num_mel_bins=8, n_audio_ctx=60).encoder, pad_to_30s=pad_to_30s)
+    adapt(encoder, ADAPTED, AdapterSettings(method="flylora", rank=4, flylora={"top_k": 3}))
+    x, lengths = encoder.train()(features, LANGS)
+    x.sum().backward()
+    assert {layer.load.sum().item() for layer in adapted_layers(encoder).values()} == {3 * sum(lengths)}
 
 
 def test_gradients_equal_those_of_whispers_modules(features):

@@ -53,6 +53,11 @@ class Totals:
         return sum(self.losses.values()) / sum(self.num_targets.values())
 
     @property
+    def resting(self) -> set[str]:
+        """Languages whose own parameters nothing in the global batch used."""
+        return {lang for lang, num_using in self.num_using.items() if not num_using}
+
+    @property
     def loss_per_lang(self) -> dict[str, float]:
         return {lang: self.losses[lang] / n for lang, n in self.num_targets.items() if n}
 
@@ -169,11 +174,11 @@ class Trainer:
                 error = caught
             totals = self._sum_over_ranks(losses, is_stopping=is_stopping, is_failing=error is not None)
             if not totals.num_failing:
-                self._scale_gradients(self.num_ranks / sum(totals.num_targets.values()))
+                self._scale_gradients(self.num_ranks / sum(totals.num_targets.values()), resting=totals.resting)
         if totals.num_failing:
             raise error or RuntimeError("another rank failed; its own message says why")
         self._check_loss(totals.loss, losses)
-        rest(engine, {lang for lang, num_using in totals.num_using.items() if not num_using})
+        rest(engine, totals.resting)
         engine.step()
         if not engine.was_step_applied():
             self._stop_at(losses, "a gradient is not finite")
@@ -201,15 +206,18 @@ class Trainer:
         by_lang = [dict(zip(self.langs, islice(numbers, len(self.langs)), strict=True)) for _ in range(2)]
         return Totals(*by_lang, *islice(numbers, 4), dict(zip(self.own, numbers, strict=True)))
 
-    def _scale_gradients(self, factor: float) -> None:
-        """Make every parameter's gradient exist on every rank, `factor` times what it is.
+    def _scale_gradients(self, factor: float, *, resting: set[str]) -> None:
+        """Make the gradients exist on every rank, `factor` times what they are, but for those of `resting` languages.
 
         The engine averages over ranks: a factor of `num_ranks` / targets of the global batch makes that a token mean.
+        What has no gradient on any rank is not sent.
         """
-        for parameter in self.parameters:
+        idle = {id(p) for lang in resting for p in self.own[lang]}
+        active = [p for p in self.parameters if id(p) not in idle]
+        for parameter in active:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        torch._foreach_mul_([p.grad for p in self.parameters], factor)
+        torch._foreach_mul_([p.grad for p in active], factor)
 
     def _check_loss(self, loss: float, losses: Losses) -> None:
         """Stop at a loss that is not finite or has exploded; else follow its running mean."""
