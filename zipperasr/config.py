@@ -88,7 +88,9 @@ def _set(tree: dict[str, Any], override: str) -> None:
 def _explain(cls: type[BaseModel], source: str, item: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] != "extra_forbidden":
-        return f"{source}: {where}: {item['msg'].removeprefix('Value error, ')} (got {item.get('input')!r})"
+        spans_fields = item["type"] == "value_error" and isinstance(item["input"], dict)  # the message names them
+        got = "" if spans_fields else f" (got {item.get('input')!r})"
+        return f"{source}: {where}: {item['msg'].removeprefix('Value error, ')}{got}"
     owner = _model_at(cls, item["loc"][:-1])
     known = ", ".join(sorted(owner.model_fields)) if owner else "none"
     return f"{source}: unknown key '{where}'; known here: {known}"
