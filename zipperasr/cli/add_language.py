@@ -44,9 +44,10 @@ def run(args: argparse.Namespace) -> int:
     base = _base(args)
     whole = _with_language(args, base)
     _check_lists(args)
-    setting, langs = base.training.stage2.setting, base.model.adapter.langs
-    utterances = add_language.choose(args.data_dir, setting, langs, whole.data.features)
     is_rank = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if not is_rank:  # before training: what the proof needs is missed at once
+        setting, langs = base.training.stage2.setting, base.model.adapter.langs
+        utterances = add_language.choose(args.data_dir, setting, langs, whole.data.features)
     if args.ranks == 1 or is_rank:
         begin_and_train(args, whole, begin=_begin, build_model=_model)
     elif status := launch(sys.argv[1:], num_ranks=args.ranks):

@@ -67,7 +67,8 @@ def save_trainable(model: SpeechLLM, folder: Path | str) -> None:
 
 def load_trainable(model: SpeechLLM, folder: Path | str, *, stage: int) -> None:
     """Fill in what `stage` trains from `folder`. Raises UserError unless all is there, fits exactly and is finite."""
-    path, tensors = _read(Path(folder), f"train stage {stage} first")
+    path = Path(folder) / WEIGHTS
+    tensors = read_weights(path, f"train stage {stage} first")
     expected = stage_tensors(model, stage)
     _check_fit(path, tensors, expected)
     with torch.no_grad():
@@ -85,7 +86,8 @@ def warm_start(model: SpeechLLM, folder: Path, settings: AdapterSettings) -> Non
     Zipper-LoRA-Static takes the first columns of the shared bank and the last ones of the specific banks.
     Raises UserError when the source is no zipper run of this rank and these languages.
     """
-    path, tensors = _read(folder, "train it first")
+    path = folder / WEIGHTS
+    tensors = read_weights(path, "train it first")
     source = config.load(run_of(folder) / "config.yaml", RunSettings).model.adapter
     mine = {"rank": settings.rank, "alpha": settings.alpha}
     theirs = {key: getattr(source, key, None) for key in mine}
@@ -100,12 +102,12 @@ def warm_start(model: SpeechLLM, folder: Path, settings: AdapterSettings) -> Non
             raise UserError(f"{path}: encoder.{name} {error}") from error
 
 
-def _read(folder: Path, mend: str) -> tuple[Path, dict[str, Tensor]]:
-    path = folder / WEIGHTS
+def read_weights(path: Path, mend: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's file. Raises UserError where it is not there (`mend` says what to do) or broken."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; {mend}")
     try:
-        return path, load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: broken ({error}); delete it and train again") from error
 

@@ -54,10 +54,10 @@ class SpeechEncoder(nn.Module):
         x = self._convolve(segments)  # [T, D]
         x = (x + self.positional_embedding[layout.positions]).to(x.dtype)
         lengths = [sum(_half(len(piece)) for piece in utterance) for utterance in pieces]
-        is_real = None
+        padded, is_real = lengths, None
         if self.pad_to_30s:
+            padded = [len(utterance) * self.max_frames // 2 for utterance in pieces]
             is_real = layout.positions < _repeat(true_lengths, layout.lengths).to(x.device)
-        padded = [len(p) * self.max_frames // 2 for p in pieces] if self.pad_to_30s else lengths
         runs = language_runs(langs, padded, is_real)
         for block in self.blocks:
             x = _block(block, x, layout, runs)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from zipperasr import files
@@ -19,7 +17,7 @@ from zipperasr.data import FeatureSettings
 from zipperasr.data.utterances import Utterance, load_utterances
 from zipperasr.errors import UserError
 from zipperasr.model import EncoderSettings, ModelSettings
-from zipperasr.model.checkpoint import build, load_run, load_trainable
+from zipperasr.model.checkpoint import build, load_run, load_trainable, read_weights
 from zipperasr.model.speech_llm import SpeechLLM, stage_tensors
 from zipperasr.training import runs
 
@@ -111,10 +109,7 @@ def _digest(tensor: Tensor) -> str:
 
 def _read(weights: Path) -> dict[str, Tensor]:
     """A run's weights. Raises UserError where training on this machine would round those that it keeps."""
-    try:
-        tensors = load_file(weights)
-    except SafetensorError as error:
-        raise UserError(f"{weights}: broken ({error}); train that run again") from error
+    tensors = read_weights(weights, "train that run first")
     if torch.cuda.is_available() and any(t.dtype == torch.float32 for t in tensors.values()):
         raise UserError(
             f"{weights}: trained in fp32, which a GPU would round to bf16; add the language on the CPU too "

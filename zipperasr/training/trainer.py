@@ -84,6 +84,7 @@ class Trainer:
         self.rank, self.num_ranks = self.engine.global_rank, self.engine.world_size
         self.parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
         self.own = adapters.language_parameters(self.engine.module)
+        self.balances = any(layer.balances for layer in adapters.adapted_layers(self.engine.module).values())
         self.langs = sorted({x.utterance.lang for x in [*train, *dev]})
         self.train, self.dev = train, dev
         self.plan = self._plan(train, num_slots=self.num_ranks * settings.accumulation)
@@ -182,7 +183,8 @@ class Trainer:
         engine.step()
         if not engine.was_step_applied():
             self._stop_at(losses, "a gradient is not finite")
-        adapters.balance(engine.module, distributed.all_reduce)
+        if self.balances:
+            adapters.balance(engine.module, distributed.all_reduce)
         state.step += 1
         epoch = round(state.step / self.plan.steps_per_epoch, 4)
         row = {"step": state.step, "epoch": epoch, "loss": totals.loss, "loss_per_lang": totals.loss_per_lang, "lr": lr}
