@@ -4,7 +4,6 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from zipperasr import config, files
 from zipperasr.adapters import REGISTRY, AdapterSettings
@@ -19,40 +18,21 @@ def paths(tmp_path_factory):
     return tiny.make_pretrained(tmp_path_factory.mktemp("pretrained"))
 
 
-def trained(settings, stage, init=None):
-    """A model with random values in everything the stage trains."""
-    model = checkpoint.build(settings, stage)
-    if init:
-        checkpoint.load_trainable(model, init, stage=1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter)
-    return model
-
-
-def save_run(run_dir, settings, stage, model, step=1):
-    config.save(run_dir / "config.yaml", RunSettings(stage=stage, model=settings))
-    folder = run_dir / "checkpoints" / f"step-{step}"
-    checkpoint.save_trainable(model, folder)
-    files.write_json(folder / "state.json", {})
-    return folder
-
-
 @pytest.fixture
 def run(tmp_path, paths):
     """A stage-2 run directory and its model, whose encoder is that of a stage-1 run."""
     torch.manual_seed(0)
-    checkpoint.save_trainable(trained(tiny.settings(paths, method=None), 1), tmp_path / "init")
+    checkpoint.save_trainable(tiny.trained(tiny.settings(paths, method=None), 1), tmp_path / "init")
     settings = tiny.settings(paths)
-    model = trained(settings, 2, init=tmp_path / "init")
-    save_run(tmp_path, settings, 2, model)
+    model = tiny.trained(settings, 2, init=tmp_path / "init")
+    tiny.save_run(tmp_path, settings, 2, model)
     return tmp_path, model
 
 
 def test_a_stage_1_run_is_read_as_it_was_written(tmp_path, paths):
     settings = tiny.settings(paths, method=None)
-    model = trained(settings, 1)
-    save_run(tmp_path, settings, 1, model)
+    model = tiny.trained(settings, 1)
+    tiny.save_run(tmp_path, settings, 1, model)
     assert_same(checkpoint.load_run(tmp_path), model)
 
 
@@ -80,7 +60,7 @@ def test_the_latest_complete_checkpoint_is_loaded(run):
     with torch.no_grad():
         model.projector.out.bias.fill_(7)
     settings = config.load(run_dir / "config.yaml", RunSettings)
-    save_run(run_dir, settings.model, 2, model, step=10)
+    tiny.save_run(run_dir, settings.model, 2, model, step=10)
     checkpoint.save_trainable(model, run_dir / "checkpoints" / "step-20")  # killed before its state was written
     assert checkpoint.find_checkpoint(run_dir).name == "step-10"
     assert checkpoint.load_run(run_dir).projector.out.bias.eq(7).all()
@@ -137,7 +117,7 @@ def test_stage_2_needs_an_adapter_and_languages_that_whisper_knows(paths):
 def test_every_method_is_read_as_it_was_written(tmp_path, paths, method):
     """Also what is frozen and drawn at random: FlyLoRA's A."""
     settings = tiny.settings(paths, method=method, rank=8)
-    model = trained(settings, 2)
+    model = tiny.trained(settings, 2)
     checkpoint.save_trainable(model, tmp_path)
     other = checkpoint.build(settings, 2)
     checkpoint.load_trainable(other, tmp_path, stage=2)
@@ -213,7 +193,7 @@ def test_initial_b_takes_the_banks_and_nothing_unasked(run, paths, method, init_
 )
 def test_initial_b_from_another_kind_of_run_is_refused(tmp_path, paths, source, message):
     settings = tiny.settings(paths, **source)
-    folder = save_run(tmp_path, settings, 2, checkpoint.build(settings, 2))
+    folder = tiny.save_run(tmp_path, settings, 2, checkpoint.build(settings, 2))
     with pytest.raises(UserError, match=message):
         checkpoint.warm_start(checkpoint.build(tiny.settings(paths), 2), folder, tiny.settings(paths).adapter)
 

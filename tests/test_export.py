@@ -6,7 +6,6 @@ import sys
 import peft
 import pytest
 import soundfile
-import test_checkpoint as runs
 import tiny
 import torch
 from safetensors.torch import load_file
@@ -55,7 +54,7 @@ def _run(paths, method, run_dir):
     else:
         checkpoint.save_trainable(_trained(tiny.settings(paths, method=None, rank=rank), 1), run_dir / "init")
         model = _trained(settings, 2, init=run_dir / "init")
-    runs.save_run(run_dir, settings, model.stage, model)
+    tiny.save_run(run_dir, settings, model.stage, model)
     return run_dir, model
 
 

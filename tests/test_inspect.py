@@ -6,7 +6,6 @@ import shutil
 from collections import Counter
 
 import pytest
-import test_checkpoint as runs
 import tiny
 import torch
 from safetensors.torch import load_file
@@ -37,10 +36,10 @@ def make(paths, tmp_path_factory):
         if method:
             adapter = AdapterSettings.model_validate(settings.adapter.model_dump() | {"zipper": zipper})
             settings = settings.model_copy(update={"adapter": adapter})
-        model = runs.trained(settings, 2 if method else 1)
+        model = tiny.trained(settings, 2 if method else 1)
         gone = {part: getattr(settings, part).model_copy(update={"pretrained": "gone"}) for part in ("encoder", "llm")}
         run_dir = tmp_path_factory.mktemp("run")
-        runs.save_run(run_dir, settings.model_copy(update=gone), 2 if method else 1, model)
+        tiny.save_run(run_dir, settings.model_copy(update=gone), 2 if method else 1, model)
         write_language_embeddings(run_dir, model.language_embeddings)
         return run_dir
 

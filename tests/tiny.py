@@ -13,8 +13,10 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from whisper.model import ModelDimensions, Whisper
 
+from zipperasr import config, files
 from zipperasr.languages import LANGUAGES
-from zipperasr.model import ModelSettings
+from zipperasr.model import ModelSettings, RunSettings, checkpoint
+from zipperasr.model.speech_llm import SpeechLLM
 from zipperasr.model.whisper_io import save_whisper
 
 WORDS = {"de": "haus baum katze", "en": "one two three", "th": "หนึ่ง สอง สาม", "ja": "いち に さん", "zh": "一 二 三"}
@@ -85,3 +87,23 @@ def settings(
         "llm": {"pretrained": str(paths.lm), "lora": {"rank": rank, "alpha": 2 * rank}},
         "adapter": method and {"method": method, "rank": rank, "alpha": 2 * rank, "langs": list(langs)},
     })  # fmt: skip
+
+
+def trained(settings: ModelSettings, stage: int, init: Path | None = None) -> SpeechLLM:
+    """A model with random values in everything the stage trains; `init`: a folder with the weights of stage 1."""
+    model = checkpoint.build(settings, stage)
+    if init:
+        checkpoint.load_trainable(model, init, stage=1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def save_run(run_dir: Path, settings: ModelSettings, stage: int, model: SpeechLLM, step: int = 1) -> Path:
+    """Write what a run directory needs to be loaded; returns its checkpoint folder."""
+    config.save(run_dir / "config.yaml", RunSettings(stage=stage, model=settings))
+    folder = run_dir / "checkpoints" / f"step-{step}"
+    checkpoint.save_trainable(model, folder)
+    files.write_json(folder / "state.json", {})
+    return folder
