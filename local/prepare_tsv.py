@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Manifests of any recordings, from a table: the simplest way to bring data.
+"""Manifests of any recordings, from a table: the simplest way to bring data, and the template of a preparation.
 
     prepare_tsv.py --corpus mine --tsv clips.tsv --split test         this table is the split
     prepare_tsv.py --corpus mine --corpus-dir data/corpora/mine       every <split>.tsv in there (train.tsv, test.tsv)
@@ -11,14 +11,14 @@ manifest a language.
 """
 
 import argparse
-import csv
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from zipperasr import languages
-from zipperasr.data import prepare
-from zipperasr.data.prepare import Clip
+from zipperasr.data import prepare, sources
+from zipperasr.data.prepare import Clip, Rejected
 from zipperasr.errors import UserError
 
 COLUMNS = ("id", "path", "lang", "transcript")
@@ -26,21 +26,15 @@ COLUMNS = ("id", "path", "lang", "transcript")
 
 def run(args: argparse.Namespace) -> None:
     prepare.check_corpus(args.corpus)
-    for lang in args.langs or ():
-        languages.get(lang)
-    for split, tsv in _tables(args).items():
-        key, clips = prepare.key_of(tsv), {}
-        for clip in _clips(tsv):
-            clips.setdefault(clip.lang, []).append(clip)
-        for lang in sorted(clips.keys() & set(args.langs or clips)):
-            name = f"{args.corpus}_{lang}_{split}"
-            if not prepare.is_prepared(name, out=args.out, key=key):
-                prepare.write_manifest(clips[lang], name, out=args.out, nj=args.nj, key=key)
-        if missing := sorted(set(args.langs or [*clips, "any language"][:1]) - clips.keys()):
-            raise UserError(f"{tsv}: no rows of {', '.join(missing)}; add some, or mend --langs")
+    for split, table in find_tables(args).items():
+        langs = args.langs or sorted({lang for lang, _ in read(table)})
+        if not langs:
+            raise UserError(f"{table}: no rows of any language")
+        names = {languages.get(lang).code: f"{args.corpus}_{lang}_{split}" for lang in langs}
+        prepare.write_manifests(args, [*names.values()], functools.partial(rows, table, names), sources=[table])
 
 
-def _tables(args: argparse.Namespace) -> dict[str, Path]:
+def find_tables(args: argparse.Namespace) -> dict[str, Path]:
     """The table of each split."""
     if args.tsv and not args.split:
         raise UserError(f"--tsv {args.tsv}: say with --split which split it is")
@@ -51,20 +45,21 @@ def _tables(args: argparse.Namespace) -> dict[str, Path]:
     return tables
 
 
-def _clips(tsv: Path) -> Iterator[Clip]:
-    rows = csv.DictReader(prepare.read_lines(tsv), delimiter="\t", quoting=csv.QUOTE_NONE)
-    yield from (_clip(tsv, rows.line_num, row) for row in rows)
+def rows(table: Path, names: dict[str, str]) -> Iterator[tuple[str, Clip | Rejected]]:
+    """The set of each row with its clip: a stream, so that a table may be of any size."""
+    return ((names[lang], row) for lang, row in read(table) if lang in names)
 
 
-def _clip(tsv: Path, line: int, row: dict[str, str]) -> Clip:
-    if missing := [column for column in COLUMNS if row.get(column) is None]:
-        found = ", ".join(str(column) for column in row if row[column] is not None)
-        raise UserError(f"{tsv}:{line}: no {', '.join(missing)}; columns with a value here: {found}")
-    try:
-        languages.get(row["lang"])
-    except UserError as error:
-        raise UserError(f"{tsv}:{line}: '{row['id']}': {error}") from error
-    return Clip(row["id"], tsv.parent / row["path"], row["lang"], row["transcript"].strip())
+def read(table: Path) -> Iterator[tuple[str, Clip | Rejected]]:
+    """The language of each row with its clip. Raises UserError for a row of no language, as it belongs to no set."""
+    for number, row in sources.read_table(table, COLUMNS):
+        where, lang = f"{table}:{number}", row.get("lang", "")
+        if lang not in languages.LANGUAGES:
+            raise UserError(f"{where}: unknown language '{lang}'; has the row as many columns as the header?")
+        if missing := [column for column in COLUMNS if column not in row]:
+            yield lang, Rejected(row.get("id", where), "bad row", f"{where}: no {', '.join(missing)}")
+        else:
+            yield lang, Clip(row["id"], table.parent / row["path"], lang, row["transcript"])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ FLOORS = {
     "files": 0,
     "config": 0,
     "languages": 0,
+    "markdown": 0,
     "prompts": 0,
 }
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path.relative_to(ROOT) != Path("__init__.py"))

@@ -1,15 +1,17 @@
 """The validator: every defect of an utterance is found, named and counted, and the fatal ones stop the recipe."""
 
+import argparse
 import copy
 import json
 import os
+import re
 
 import mls
 import pytest
 import yaml
 
 from zipperasr.cli.main import main
-from zipperasr.data import manifests, prepare
+from zipperasr.data import manifests, prepare, validation
 from zipperasr.errors import UserError
 
 
@@ -18,20 +20,35 @@ def make(data_dir, name: str, num_utts: int = 3) -> list[dict]:
     _, lang, _ = name.split("_", 2)
     paths = [mls.noise(data_dir / "audio" / f"{name}-{i}.flac") for i in range(num_utts)]
     clips = [prepare.Clip(path.stem, path, lang, f"text {i}") for i, path in enumerate(paths)]
-    prepare.write_manifest(clips, name, out=data_dir / "manifests", nj=1, key="key")
+    prepare_clips(data_dir, name, clips)
     return list(manifests.read(manifests.path_of(data_dir, name)))
 
 
-def rewrite(data_dir, name: str, cuts: list[dict]) -> dict[str, str]:
+def prepare_clips(data_dir, name: str, rows: list[prepare.Row], *, sources=(), nj: int = 1) -> None:
+    args = argparse.Namespace(corpus=name.split("_")[0], out=data_dir / "manifests", nj=nj)
+    prepare.write_manifests(args, [name], lambda: ((name, row) for row in rows), sources=sources)
+
+
+def rewrite(data_dir, name: str, cuts: list[dict]) -> None:
+    """Bring a manifest from elsewhere, which has no tally."""
     path = manifests.path_of(data_dir, name)
     manifests.write(path, cuts)
-    return {name: path}
+    manifests.tally_path(path).unlink(missing_ok=True)
+
+
+def paths(data_dir, *names: str) -> dict:
+    return {name: manifests.path_of(data_dir, name) for name in names}
 
 
 def found(data_dir, *names: str, nj: int = 1) -> list[tuple[str, str]]:
     """The defects of some sets as (utterance id, kind)."""
-    report = manifests.validate({name: manifests.path_of(data_dir, name) for name in names}, nj=nj)
-    return [(defect.utt_id, defect.kind) for defect in report.defects]
+    _, defects = validation.validate(paths(data_dir, *names), nj=nj)
+    return [(one.defect.utt_id, one.defect.kind) for one in defects]
+
+
+def squeezed(table: str) -> str:
+    """A table whose columns are not padded."""
+    return re.sub(" +", " ", table)
 
 
 def put(cut: dict, key: str, value: object) -> None:
@@ -65,16 +82,20 @@ def zipperasr(verb: str, conf, *more: str) -> int:
 def test_a_sound_set_has_no_defect(tmp_path):
     make(tmp_path, "a_de_train", num_utts=70)
     make(tmp_path, "a_de_test")
-    report = manifests.validate({n: manifests.path_of(tmp_path, n) for n in ("a_de_train", "a_de_test")}, nj=2)
-    assert report.defects == []
-    assert {name: len(seconds) for name, seconds in report.durations_s.items()} == {"a_de_test": 3, "a_de_train": 70}
+    rewrite(tmp_path, "a_de_train", list(manifests.read(manifests.path_of(tmp_path, "a_de_train"))))
+    tallies, defects = validation.validate(paths(tmp_path, "a_de_train", "a_de_test"), nj=2)
+    assert defects == []
+    assert [(name, tally.num_in, tally.num_kept, tally.duration_s) for name, tally in tallies.items()] == [
+        ("a_de_test", 3, 3, 1.5),
+        ("a_de_train", 70, 70, 35.0),
+    ]
 
 
 @pytest.mark.parametrize(
     ("key", "value", "kind"),
     [
         ("duration", 30.01, "over 30 s"),
-        ("duration", 0.0, "zero duration"),
+        ("duration", 0.0, "too short"),
         ("supervisions.0.text", "", "empty text"),
         ("supervisions.0.text", " \t\u3000", "empty text"),
         ("supervisions.0.text", None, "empty text"),
@@ -83,9 +104,9 @@ def test_a_sound_set_has_no_defect(tmp_path):
         ("supervisions.0.language", "fr", "wrong language"),
         ("supervisions.0.id", "another", "bad supervision"),
         ("supervisions", [], "bad supervision"),
-        ("recording.sampling_rate", 16001, "odd sampling rate"),
         ("recording.num_samples", 9000, "wrong duration"),
         ("recording.sources", [], "bad recording"),
+        ("recording.sources.0.type", "command", "bad recording"),
         ("recording.sources.0.source", "nowhere.flac", "missing audio"),
         ("recording.sources.0.source", "/", "missing audio"),
         ("recording.sources.0.source", __file__, "unreadable audio"),
@@ -104,16 +125,6 @@ def test_an_id_that_the_files_of_later_stages_cannot_hold_is_a_defect(tmp_path, 
     cuts[1]["id"] = cuts[1]["supervisions"][0]["id"] = utt_id
     rewrite(tmp_path, "a_de_test", cuts)
     assert found(tmp_path, "a_de_test") == [(utt_id, "bad id")]
-
-
-def test_broken_audio_is_found_already_where_it_was_broken_before_preparation(tmp_path):
-    paths = [mls.noise(tmp_path / f"{i}.flac") for i in range(3)]
-    os.truncate(paths[0], 3000)
-    os.truncate(paths[1], 0)
-    clips = [prepare.Clip(path.stem, path, "de", "text") for path in [*paths, tmp_path / "3.flac"]]
-    prepare.write_manifest(clips, "a_de_test", out=tmp_path / "manifests", nj=1, key="")
-    kinds = ["truncated audio", "unreadable audio", "missing audio"]
-    assert found(tmp_path, "a_de_test") == list(zip("013", kinds, strict=True))
 
 
 def test_an_id_used_twice_in_a_set_is_a_defect(tmp_path):
@@ -158,17 +169,23 @@ def test_a_manifest_that_is_missing_empty_or_cut_is_named(tmp_path):
 
 
 def test_fatal_defects_stop_the_recipe_until_they_are_mended(conf, capsys):
-    audio = conf.parent / "audio" / "a_de_train-1.flac"
+    audio = conf.parent / "audio" / "a_de_test-1.flac"
     whole = audio.read_bytes()
     os.truncate(audio, 3000)
+    (conf.parent / "manifests" / manifests.marker("a_de_test")).unlink()
+    make_again = [
+        prepare.Clip(f"a_de_test-{i}", conf.parent / "audio" / f"a_de_test-{i}.flac", "de", "x") for i in "01"
+    ]
+    prepare_clips(conf.parent, "a_de_test", make_again)
     assert zipperasr("validate", conf) == 1
-    out, err = capsys.readouterr()
-    assert "1 x truncated audio" in out
-    assert err.startswith("zipperasr: error: 1 fatal defects: a_de_train-1 (truncated audio, a_de_train); all are in ")
-    assert "a_de_train\ta_de_train-1\tfatal\ttruncated audio" in (conf.parent / "manifests/defects.tsv").read_text()
-    assert not prepare.is_prepared("a_de_train", out=conf.parent / "manifests", key="key")
-    assert prepare.is_prepared("a_de_test", out=conf.parent / "manifests", key="key")
+    assert zipperasr("validate", conf) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("zipperasr: error: 1 fatal defects: a_de_test-1 (truncated audio, a_de_test); ")
+    table = (conf.parent / "manifests/a_de_test_defects.tsv").read_text()
+    assert "a_de_test\ta_de_test-1\tfatal\ttruncated audio" in table
+    assert "| a_de_test | 2 | 1 | 1 | 1 |" in squeezed((conf.parent / "manifests/REPORT.md").read_text())
     audio.write_bytes(whole)
+    prepare_clips(conf.parent, "a_de_test", make_again)  # is done again, though no transcript has changed
     assert zipperasr("validate", conf) == 0
 
 
@@ -182,33 +199,67 @@ def test_a_cut_without_a_recording_is_a_defect_and_no_crash(conf, capsys):
 
 def test_warnings_do_not_stop_the_recipe(conf, capsys):
     mls.noise(conf.parent / "audio" / "odd.wav", rate=12345)
-    clips = [prepare.Clip("odd", conf.parent / "audio" / "odd.wav", "de", "text")]
-    prepare.write_manifest(clips, "a_de_test", out=conf.parent / "manifests", nj=1, key="")
+    (conf.parent / "manifests" / manifests.marker("a_de_test")).unlink()
+    prepare_clips(conf.parent, "a_de_test", [prepare.Clip("odd", conf.parent / "audio" / "odd.wav", "de", "text")])
     assert zipperasr("validate", conf) == 0
-    assert "1 x odd sampling rate" in capsys.readouterr().out
+    assert "| a_de_test | odd sampling rate | kept | 1 | odd |" in squeezed(capsys.readouterr().out)
 
 
-def test_validation_is_skipped_only_while_manifests_and_audio_stay_as_they_are(conf, capsys):
+def test_validation_is_skipped_only_while_manifests_stay_as_they_are(conf, capsys):
     assert zipperasr("validate", conf) == 0
     assert zipperasr("validate", conf) == 0
     assert "complete, 2 valid manifests" in capsys.readouterr().out
-    os.truncate(conf.parent / "audio" / "a_de_test-0.flac", 3000)
+    cuts = list(manifests.read(manifests.path_of(conf.parent, "a_de_test")))
+    cuts[0]["supervisions"][0]["language"] = "fr"
+    manifests.write(manifests.path_of(conf.parent, "a_de_test"), cuts)
     assert zipperasr("validate", conf) == 1
 
 
-def test_defective_utterances_are_left_out_on_request(conf, capsys):
+def test_audio_that_was_harmed_after_preparation_is_found_on_request(conf, capsys):
+    os.truncate(conf.parent / "audio" / "a_de_test-0.flac", 3000)
+    assert zipperasr("validate", conf) == 0
+    assert zipperasr("validate", conf, "--audio") == 1
+    assert "a_de_test-0 (truncated audio, a_de_test)" in capsys.readouterr().err
+
+
+def test_a_manifest_that_lost_lines_since_its_preparation_is_named(conf, capsys):
+    path = manifests.path_of(conf.parent, "a_de_test")
+    manifests.write(path, list(manifests.read(path))[:2])
+    assert zipperasr("validate", conf) == 1
+    assert "holds 2 utterances, not 3 as when it was prepared" in capsys.readouterr().err
+
+
+def test_utterances_with_fatal_defects_are_left_out_on_request(conf, capsys):
+    cuts = list(manifests.read(manifests.path_of(conf.parent, "a_de_train")))
+    rewrite(conf.parent, "a_de_train", cuts)
     (conf.parent / "audio" / "a_de_train-1.flac").unlink()
+    assert zipperasr("validate", conf) == 1
     assert zipperasr("validate", conf, "--drop") == 0
-    assert "a_de_train-1" in (conf.parent / "manifests" / "dropped.tsv").read_text()
+    report = squeezed((conf.parent / "manifests" / "REPORT.md").read_text())
+    assert "| a_de_train | 3 | 2 | 1 | 0 |" in report and "| missing audio | dropped | 1 | a_de_train-1 |" in report
     assert [cut["id"] for cut in manifests.read(manifests.path_of(conf.parent, "a_de_train"))] == [
         "a_de_train-0",
         "a_de_train-2",
     ]
     assert zipperasr("validate", conf) == 0
+    rewrite(conf.parent, "a_de_test", list(manifests.read(manifests.path_of(conf.parent, "a_de_test"))))
     for path in (conf.parent / "audio").glob("a_de_test*"):
         path.unlink()
+    capsys.readouterr()
     assert zipperasr("validate", conf, "--drop") == 1
     assert "a_de_test_cuts.jsonl.gz: every utterance is defective" in capsys.readouterr().err
+
+
+def test_a_loss_that_preparation_found_in_a_test_set_is_accepted_on_request_for_good(conf, capsys):
+    (conf.parent / "manifests" / manifests.marker("a_de_test")).unlink()
+    lost = prepare.Clip("lost", conf.parent / "lost.flac", "de", "text")
+    there = prepare.Clip("there", conf.parent / "audio" / "a_de_test-0.flac", "de", "text")
+    prepare_clips(conf.parent, "a_de_test", [lost, there])
+    assert zipperasr("validate", conf) == 1
+    assert zipperasr("validate", conf, "--drop") == 0
+    assert "| a_de_test | 2 | 1 | 1 | 1 (accepted) |" in squeezed(capsys.readouterr().out)
+    make(conf.parent, "a_de_dev")  # another set: everything is validated anew
+    assert zipperasr("validate", conf) == 0
 
 
 def test_a_language_without_a_manifest_is_named(conf, capsys):
@@ -225,11 +276,11 @@ def test_the_verbs_of_the_data_stages_do_their_work_once(conf, capsys):
         assert zipperasr(verb, conf) == 0
     out = capsys.readouterr().out
     assert "lists/here/train/a_de_train.txt: 3 utterances, 0.000 h" in out
-    assert "features: complete; computed 6 utterances of 2 sets now" in out
+    assert "features: complete; stored 6 utterances of 2 sets now" in out
     for verb in ("lists", "features"):
         assert zipperasr(verb, conf) == 0
     out = capsys.readouterr().out
-    assert "lists/here: complete" in out and "computed 0 utterances" in out
+    assert "lists/here: complete" in out and "stored 0 utterances" in out
     assert zipperasr("features", conf, "data.features.storage=on_the_fly") == 0
     assert "nothing to do" in capsys.readouterr().out
 

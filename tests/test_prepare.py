@@ -14,7 +14,7 @@ import pytest
 import soundfile
 from lhotse import CutSet
 
-from zipperasr.data import audio, features, manifests
+from zipperasr.data import audio, defects, features, manifests, prepare, validation
 from zipperasr.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "local"))
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "local"))
 import prepare_mls
 import prepare_tsv
 
-SUFFIXES = ("wav", "flac", "mp3", "ogg", "opus", "aiff")
+CONTAINERS = {"wav": "WAV", "flac": "FLAC", "mp3": "MP3", "ogg": "OGG", "opus": "OGG", "aiff": "AIFF"}
 
 
 def mls_manifests(corpus_dir: Path, out: Path, *langs: str, nj: int = 1) -> dict[str, list[dict]]:
@@ -43,11 +43,14 @@ def table(path: Path, *rows: tuple[str, ...], header: tuple[str, ...] = prepare_
 
 
 def cut_of(path: Path) -> dict:
-    info = soundfile.info(path)
-    clip = prepare_mls.Clip("utt", path, "en", "text")
-    cut = prepare_mls.prepare._cut(clip)
-    assert cut["recording"]["sampling_rate"] == info.samplerate
+    cut = prepare._examine(("clips_en_test", prepare.Clip("utt", path, "en", "text"))).cut
+    assert cut["recording"]["sampling_rate"] == soundfile.info(path).samplerate
     return cut
+
+
+def counts(out: Path, name: str) -> dict[str, int]:
+    """The defects of a set that has been prepared, by kind."""
+    return defects.read_tally(manifests.tally_path(out / f"{name}{manifests.SUFFIX}")).kinds
 
 
 @pytest.mark.parametrize("folder", ["de", "mls_german", "mls_german_opus"])
@@ -101,7 +104,6 @@ def test_preparation_is_skipped_when_complete_and_done_again_when_transcripts_ch
         (lambda corpus: None, "no language 'de'"),
         (lambda corpus: (corpus / "de").mkdir(parents=True), r"no split there; looked for .*de/\*/transcripts.txt"),
         (lambda corpus: mls.make(corpus, {"de/test": 0}), "read_de_test: the corpus holds no utterance"),
-        (lambda corpus: mls.noise(corpus / "de/test/transcripts.txt", format="WAV"), "not UTF-8"),
     ],
 )
 def test_a_corpus_that_is_not_there_is_named(tmp_path, make, message):
@@ -116,12 +118,14 @@ def test_an_unknown_language_is_named(tmp_path):
         mls_manifests(mls.make(tmp_path, {"xx/test": 1}), tmp_path / "out", "xx")
 
 
-def test_an_id_that_is_not_of_mls_is_named_with_its_line(tmp_path):
-    corpus = mls.make(tmp_path / "corpus", {"de/test": 1})
-    with open(corpus / "de/test/transcripts.txt", "a") as stream:
-        stream.write("oddity\tsome text\n")
-    with pytest.raises(UserError, match="transcripts.txt:2: 'oddity'"):
-        mls_manifests(corpus, tmp_path / "out", "de")
+def test_a_line_whose_id_is_not_of_mls_is_left_out_and_named_with_its_number(tmp_path):
+    corpus = mls.make(tmp_path / "corpus", {"de/train": 1})
+    with open(corpus / "de/train/transcripts.txt", "a") as stream:
+        stream.write("oddity\tsome text\n\n")
+    (cuts,) = mls_manifests(corpus, tmp_path / "out", "de").values()
+    assert [cut["id"] for cut in cuts] == ["1_1_000000"]
+    assert counts(tmp_path / "out", "read_de_train") == {"bad row": 1}
+    assert "transcripts.txt:2: 'oddity'" in (tmp_path / "out" / "read_de_train_defects.tsv").read_text()
 
 
 def test_a_table_becomes_a_manifest_per_language_whatever_the_order_of_its_columns(tmp_path):
@@ -144,26 +148,49 @@ def test_a_folder_of_tables_has_one_for_each_split(tmp_path):
         (tmp_path / f"{split}.tsv").write_text(f"{old}{split}-{lang}\ta.wav\t{lang}\ttext\n")
     found = tsv_manifests(None, tmp_path / "out", corpus_dir=tmp_path, split=None, langs=["en"])
     assert sorted(found) == ["clips_en_test", "clips_en_train"]
-    with pytest.raises(UserError, match="test.tsv: no rows of fr"):
+    with pytest.raises(UserError, match="clips_fr_test: the corpus holds no utterance of it"):
         tsv_manifests(None, tmp_path / "out", corpus_dir=tmp_path, split=None, langs=["en", "fr"])
 
 
 @pytest.mark.parametrize(
     ("rows", "header", "message"),
     [
-        ([], prepare_tsv.COLUMNS, "no rows of any language"),
+        ([], prepare_tsv.COLUMNS, "clips.tsv: no rows of any language"),
         (
-            [("a", "a.wav", "en")],
-            prepare_tsv.COLUMNS,
-            "clips.tsv:2: no transcript; columns with a value here: id, path, lang",
+            [("a", "a.wav", "en", "x")],
+            ("id", "file", "lang", "text"),
+            "clips.tsv: no column path, transcript; its",
         ),
-        ([("a", "a.wav", "en", "x")], ("id", "file", "lang", "text"), "clips.tsv:2: no path, transcript"),
-        ([("a", "a.wav", "xx", "x")], prepare_tsv.COLUMNS, "clips.tsv:2: 'a': unknown language 'xx'"),
+        ([("a", "a.wav", "xx", "x")], prepare_tsv.COLUMNS, "clips.tsv:2: unknown language 'xx'"),
+        ([("a", "a.wav", "en", "x"), ("b",)], prepare_tsv.COLUMNS, "clips.tsv:3: unknown language ''"),
+        (
+            [("a", "a.wav", "en", "one\ttwo")],
+            prepare_tsv.COLUMNS,
+            "clips.tsv:2: unknown language ''; has the row",
+        ),
     ],
 )
 def test_a_bad_table_is_named_with_its_line(tmp_path, rows, header, message):
     with pytest.raises(UserError, match=message):
         tsv_manifests(table(tmp_path / "clips.tsv", *rows, header=header), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_without_all_its_columns_is_left_out_and_counted(tmp_path):
+    mls.noise(tmp_path / "a.wav")
+    clips = table(tmp_path / "clips.tsv", ("a", "a.wav", "en", "x"), ("b", "a.wav", "en"))
+    assert [cut["id"] for cut in tsv_manifests(clips, tmp_path / "out", split="train")["clips_en_train"]] == ["a"]
+    assert counts(tmp_path / "out", "clips_en_train") == {"bad row": 1}
+    assert "clips.tsv:3: no transcript" in (tmp_path / "out" / "clips_en_train_defects.tsv").read_text()
+
+
+def test_a_table_of_windows_is_read_as_any_other(tmp_path):
+    mls.noise(tmp_path / "a.wav")
+    text = "\ufeffid\tlang\ttranscript\tpath\r\na\ten\tsome words\ta.wav\r\n\r\n"
+    (tmp_path / "clips.tsv").write_text(text, encoding="utf-8", newline="")
+    (cut,) = tsv_manifests(tmp_path / "clips.tsv", tmp_path / "out")["clips_en_test"]
+    assert (cut["id"], cut["supervisions"][0]["text"]) == ("a", "some words")
+    assert counts(tmp_path / "out", "clips_en_test") == {"byte order mark": 1, "carriage returns": 1}
 
 
 def test_scripts_fail_with_one_line(tmp_path, capsys, monkeypatch):
@@ -177,12 +204,12 @@ def test_scripts_fail_with_one_line(tmp_path, capsys, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", CONTAINERS)
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.95])
 def test_a_truncated_file_is_told_from_a_whole_one(tmp_path, suffix, kept):
     kwargs = {"format": "OGG", "subtype": "OPUS"} if suffix == "opus" else {}
     path = mls.noise(tmp_path / f"a.{suffix}", seconds=4, rate=48000, **kwargs)
-    assert audio.probe(str(path)) == audio.AudioInfo(48000, 192000, 1)
+    assert audio.probe(str(path)) == audio.AudioInfo(48000, 192000, 1, CONTAINERS[suffix])
     os.truncate(path, int(kept * path.stat().st_size))
     with pytest.raises(audio.BadAudio) as caught:
         audio.probe(str(path))
@@ -252,5 +279,5 @@ def test_the_real_recordings_go_all_the_way_to_features(shared_speech, tmp_path)
         assert cut.sampling_rate == int(row["sampling_rate"]) or row["codec"] == "opus"  # decoded at any rate
         samples = audio.load_audio(cut)
         assert np.isfinite(samples).all() and np.abs(samples).max() > 1e-3
-        if cut.duration <= manifests.MAX_DURATION_S:
+        if cut.duration <= validation.MAX_DURATION_S:
             assert features.log_mel(samples, 80).shape == (features.num_frames(cut.duration), 80)

@@ -12,13 +12,19 @@ from zipperasr.errors import UserError
 
 @dataclass(frozen=True)
 class Language:
-    """One language: ISO 639-1 code, English name, unit of its error rate, normaliser and prompt."""
+    """One language: ISO 639-1 and 639-3 codes, English name, unit of its error rate, prompt, normaliser.
+
+    `unicode_form` and `is_spaced` (words or phrases stand apart) are for the training text, see data/text.py.
+    """
 
     code: str
+    iso639_3: str
     name: str
     unit: Literal["word", "char"]
     prompt: str
     normaliser: Literal["english", "basic"] = "basic"
+    unicode_form: Literal["NFC", "NFKC"] = "NFC"
+    is_spaced: bool = True
 
     @property
     def whisper_token(self) -> str:
@@ -32,19 +38,27 @@ class Language:
 
 
 _ROWS = (
-    Language("ar", "Arabic", "word", "يرجى تفريغ المحتوى الصوتي إلى نص."),
-    Language("de", "German", "word", "Bitte transkribieren Sie den Audioinhalt in Text."),
-    Language("en", "English", "word", "Please transcribe the audio content into text.", "english"),
-    Language("es", "Spanish", "word", "Por favor, transcriba el contenido del audio a texto."),
-    Language("fr", "French", "word", "Veuillez transcrire le contenu audio en texte."),
-    Language("it", "Italian", "word", "Per favore, trascrivi il contenuto audio in testo."),
-    Language("ja", "Japanese", "char", "音声の内容をテキストに書き起こしてください。"),
-    Language("ko", "Korean", "char", "오디오 내용을 텍스트로 전사해 주세요."),
-    Language("pt", "Portuguese", "word", "Por favor, transcreva o conteúdo do áudio em texto."),
-    Language("ru", "Russian", "word", "Пожалуйста, расшифруйте содержание аудиозаписи в текст."),
-    Language("th", "Thai", "char", "โปรดถอดความเนื้อหาเสียงเป็นข้อความ"),
-    Language("vi", "Vietnamese", "word", "Vui lòng chuyển nội dung âm thanh thành văn bản."),
-    Language("zh", "Chinese", "char", "请将音频内容转写为文本。"),
+    Language("ar", "ara", "Arabic", "word", "يرجى تفريغ المحتوى الصوتي إلى نص."),
+    Language("de", "deu", "German", "word", "Bitte transkribieren Sie den Audioinhalt in Text."),
+    Language("en", "eng", "English", "word", "Please transcribe the audio content into text.", "english"),
+    Language("es", "spa", "Spanish", "word", "Por favor, transcriba el contenido del audio a texto."),
+    Language("fr", "fra", "French", "word", "Veuillez transcrire le contenu audio en texte."),
+    Language("it", "ita", "Italian", "word", "Per favore, trascrivi il contenuto audio in testo."),
+    Language(
+        "ja",
+        "jpn",
+        "Japanese",
+        "char",
+        "音声の内容をテキストに書き起こしてください。",
+        unicode_form="NFKC",
+        is_spaced=False,
+    ),
+    Language("ko", "kor", "Korean", "char", "오디오 내용을 텍스트로 전사해 주세요.", unicode_form="NFKC"),
+    Language("pt", "por", "Portuguese", "word", "Por favor, transcreva o conteúdo do áudio em texto."),
+    Language("ru", "rus", "Russian", "word", "Пожалуйста, расшифруйте содержание аудиозаписи в текст."),
+    Language("th", "tha", "Thai", "char", "โปรดถอดความเนื้อหาเสียงเป็นข้อความ"),
+    Language("vi", "vie", "Vietnamese", "word", "Vui lòng chuyển nội dung âm thanh thành văn bản."),
+    Language("zh", "zho", "Chinese", "char", "请将音频内容转写为文本。", unicode_form="NFKC", is_spaced=False),
 )
 LANGUAGES = {row.code: row for row in _ROWS}
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from zipperasr import files
+from zipperasr import files, markdown
 
 WARM_UP = 2  # rounds that are not counted
 Cell = str | float | int | None
@@ -106,10 +106,7 @@ class Report:
 
 def _table(rows: Sequence[Row]) -> str:
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [columns, *([_text(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(map(len, cells)) for cells in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "".join(f"| {' | '.join(map(str.ljust, line, widths))} |\n" for line in lines)
+    return markdown.table(columns, ([_text(row.get(column)) for column in columns] for row in rows))
 
 
 def _text(cell: Cell) -> str:

@@ -1,4 +1,11 @@
-"""From corpora to utterances: manifests, lists, features, packing. Importing it loads neither torch nor Lhotse."""
+"""From corpora to rows of tokens. Importing it loads neither torch nor Lhotse. Where things are, stage by stage:
+
+0 download/
+1 prepare (with sources, text, defects; kaldi, kaldi_audio), manifests, validation
+2 lists (with draw, released, list_report)
+3 features, store (with shar, audio, augment)
+4 utterances, tokenizer, packing, loader
+"""
 
 from zipperasr.config import Settings
 from zipperasr.data.features import FeatureSettings

@@ -5,10 +5,12 @@ C channels, T samples.
 
 from __future__ import annotations
 
+import functools
+import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import soundfile
 
@@ -28,11 +30,17 @@ _DECLARED = re.compile(r"\b(?:data|SSND) : (\d+) \(should be (\d+)\)")
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What a file holds: its sampling rate in Hz, number of samples (of one channel) and number of channels."""
+    """What a file holds: sampling rate in Hz, number of samples (of one channel) and of channels, container."""
 
     sampling_rate: int
     num_samples: int
     num_channels: int
+    format: str
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds."""
+        return self.num_samples / self.sampling_rate
 
 
 class BadAudio(Exception):
@@ -50,6 +58,8 @@ def probe(path: str) -> AudioInfo:
     """
     if not Path(path).is_file():
         raise BadAudio("missing audio", f"{path}: no such file")
+    if not Path(path).stat().st_size:
+        raise BadAudio("unreadable audio", f"{path}: an empty file")
     try:
         file = soundfile.SoundFile(path)
     except soundfile.SoundFileError as error:
@@ -63,7 +73,7 @@ def probe(path: str) -> AudioInfo:
             missing = file.frames
         if missing > TOLERANCE_S * file.samplerate or _is_cut(file):
             raise BadAudio("truncated audio", f"{path}: ends before the audio that its header declares")
-        return AudioInfo(file.samplerate, file.frames, file.channels)
+        return AudioInfo(file.samplerate, file.frames, file.channels, file.format)
 
 
 def _is_cut(file: soundfile.SoundFile) -> bool:
@@ -87,39 +97,86 @@ def _has_last_page(path: str) -> bool:
 
 
 def num_samples(duration_s: float) -> int:
-    """Samples at 16 kHz of a cut's duration, rounded as Lhotse rounds."""
-    from lhotse.utils import compute_num_samples
+    """Samples at 16 kHz of a cut's duration, rounded as Lhotse's compute_num_samples rounds, ten times as fast."""
+    return int(round(duration_s * SAMPLE_RATE, 8) + 0.5)
 
-    return compute_num_samples(duration_s, SAMPLE_RATE)
+
+@dataclass(slots=True)
+class Span:
+    """A piece of an audio file: `duration_s` from `start_s` on, the mean of the `picked` ones of the file's `channels`.
+
+    All that reading takes, in a fraction of a cut's memory; not frozen, for there are millions of them.
+    """
+
+    path: str
+    start_s: float
+    duration_s: float
+    sampling_rate: int
+    channels: tuple[int, ...]
+    picked: tuple[int, ...]
+
+    @classmethod
+    def of(cls, cut: dict[str, Any]) -> Span:
+        """What a cut's dictionary says of its audio. Raises UserError unless that is one file."""
+        recording, channel = cut["recording"], cut["channel"]
+        (source,) = recording["sources"]
+        if source["type"] != "file":
+            mend = "recordings are files here: export it to files"
+            raise UserError(f"cut '{cut['id']}': its recording has a source of type '{source['type']}'; {mend}")
+        channels, picked = _shared(*source["channels"]), _shared(*(channel if isinstance(channel, list) else [channel]))
+        start_s = cut["start"] or 0.0  # one object, as it mostly is
+        return cls(source["source"], start_s, cut["duration"], recording["sampling_rate"], channels, picked)
+
+    def load(self, utt_id: str) -> np.ndarray:
+        """The samples, float32 [num_samples(duration_s)]: channels averaged, resampled to 16 kHz.
+
+        Lhotse reads and resamples (torchaudio is not needed), but its tolerance of half a second is not used: it would
+        fill a truncated file with repeated audio. Raises UserError naming `utt_id` when the audio is not all there.
+        """
+        import numpy as np
+        from lhotse.audio import AudioLoadingError, AudioSource
+        from lhotse.augmentation import Resample
+        from lhotse.utils import compute_num_samples
+
+        source, rate = AudioSource("file", list(self.channels), self.path), self.sampling_rate
+        what = f"cut '{utt_id}': {self.path}"
+        try:
+            samples = source.load_audio(self.start_s, self.duration_s, force_opus_sampling_rate=rate)  # [C, T]
+        except (AudioLoadingError, OSError, RuntimeError) as error:
+            raise UserError(f"{what} cannot be read; run stage 1 again, which names the defect") from error
+        expected = compute_num_samples(self.duration_s, rate)
+        if abs(samples.shape[1] - expected) > TOLERANCE_S * rate:
+            raise UserError(
+                f"{what} holds {samples.shape[1]} samples, not {expected} as its manifest says; run stage 1 again"
+            )
+        mono = samples[[self.channels.index(c) for c in self.picked]].mean(axis=0, keepdims=True)  # [1, T]
+        if rate != SAMPLE_RATE:
+            mono = Resample(rate, SAMPLE_RATE)(mono, rate)
+        length = num_samples(self.duration_s)
+        return np.pad(mono[0, :length], (0, max(0, length - mono.shape[1])))
 
 
 def load_audio(cut: Cut) -> np.ndarray:
-    """The samples of a cut, float32 [num_samples(cut.duration)]: channels averaged, resampled to 16 kHz.
+    """The samples of a cut, float32 [num_samples(cut.duration)], as `Span.load` reads them."""
+    return Span.of(cut.to_dict()).load(cut.id)
 
-    Lhotse reads and resamples (torchaudio is not needed), but its tolerance of half a second is not used: it would fill
-    a truncated file with repeated audio. Raises UserError naming the cut when its audio is not all there.
-    """
+
+def encode_flac(samples: np.ndarray) -> bytes:
+    """16 kHz float32 samples [T] as a FLAC file of 16 bits: without loss if they come from 16 bits."""
     import numpy as np
-    from lhotse.audio import AudioLoadingError
-    from lhotse.augmentation import Resample
-    from lhotse.utils import compute_num_samples
 
-    recording = cut.recording
-    (source,) = recording.sources
-    rate = recording.sampling_rate
-    what = f"cut '{cut.id}': {source.source}"
-    try:
-        samples = source.load_audio(offset=cut.start, duration=cut.duration, force_opus_sampling_rate=rate)  # [C, T]
-    except (AudioLoadingError, OSError, RuntimeError) as error:
-        raise UserError(f"{what} cannot be read; run stage 1 again, which names the defect") from error
-    expected = compute_num_samples(cut.duration, rate)
-    if abs(samples.shape[1] - expected) > TOLERANCE_S * rate:
-        raise UserError(
-            f"{what} holds {samples.shape[1]} samples, not {expected} as its manifest says; run stage 1 again"
-        )
-    channels = cut.channel if isinstance(cut.channel, list) else [cut.channel]
-    mono = samples[[source.channels.index(channel) for channel in channels]].mean(axis=0, keepdims=True)  # [1, T]
-    if rate != SAMPLE_RATE:
-        mono = Resample(rate, SAMPLE_RATE)(mono, rate)
-    length = num_samples(cut.duration)
-    return np.pad(mono[0, :length], (0, max(0, length - mono.shape[1])))
+    stream = io.BytesIO()
+    whole = np.rint(samples * 2**15).clip(-(2**15), 2**15 - 1).astype(np.int16)  # soundfile's own scale would be 32767
+    soundfile.write(stream, whole, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return stream.getvalue()
+
+
+def decode_flac(data: bytes) -> np.ndarray:
+    """The float32 samples [T] of a FLAC file in memory."""
+    return soundfile.read(io.BytesIO(data), dtype="float32")[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _shared(*channels: int) -> tuple[int, ...]:
+    """Millions of spans share a few of these."""
+    return channels
