@@ -17,7 +17,8 @@ VERBS = {
     "check-config": "check a configuration and print it whole",
     "show": "print what a configuration names: corpora, sets, methods, pretrained models",
     "validate": "check manifests and say every defect with its utterance id",
-    "lists": "draw the fixed utterance lists of every setting",
+    "lists": "write the fixed utterance lists of every setting",
+    "data": "print Table I: hours and utterances of every list, beside the paper's figures",
     "features": "precompute log-mel features",
     "train": "train stage 1 or stage 2",
     "add-language": "give a trained stage-2 run another language, and leave the others as they are",
@@ -26,6 +27,7 @@ VERBS = {
     "report": "tables and figures of every scored run",
     "inspect": "print what a checkpoint holds: parameters, languages, shares of specific ranks",
     "export": "write a run in the formats of transformers and PEFT",
+    "to-kaldi": "write sets as Kaldi data directories, which ESPnet reads too",
     "bench": "time this code beside what it is compared with",
 }
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

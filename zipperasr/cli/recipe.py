@@ -1,5 +1,6 @@
 """The whole configuration of a recipe: every package's section, and the checks that need more than one section."""
 
+import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -18,10 +19,15 @@ from zipperasr.training import TrainingSettings
 
 
 class CorpusSettings(Settings):
-    """One corpus, read by `local/prepare_<prepare>.py`; `synthetic`: made by stage 0, at this fraction of its size."""
+    """One corpus, read by `local/prepare_<prepare>.py` with `options`.
+
+    Stage 0 fetches it by local/download.sh with the options `download`, or makes it if it is `synthetic`, of this size.
+    """
 
     prepare: str
     langs: list[str]
+    options: list[str] = []
+    download: list[str] = []
     synthetic: PositiveFloat | None = None
 
 
@@ -48,6 +54,14 @@ def load(path: Path | str, *, overrides: Iterable[str] = ()) -> Config:
     return whole
 
 
+def share(text: str) -> tuple[int, int]:
+    """A job and the number of jobs, from `2/8`: the type of command-line options. Raises ArgumentTypeError."""
+    job, _, num_jobs = text.partition("/")
+    if not (job.isdecimal() and num_jobs.isdecimal() and 1 <= int(job) <= int(num_jobs)):
+        raise argparse.ArgumentTypeError(f"'{text}' is not <job>/<number of jobs>, such as 2/8")
+    return int(job), int(num_jobs)
+
+
 def _check(whole: Config) -> None:
     for corpus, settings in whole.corpora.items():
         if "_" in corpus:
@@ -56,15 +70,26 @@ def _check(whole: Config) -> None:
             languages.get(lang)
     for lang in whole.model.adapter.langs if whole.model.adapter else ():
         languages.get(lang)
-    for setting, parts in whole.data.lists.settings.items():
-        for part in ("train", "dev", "test"):
-            for name in getattr(parts, part):
-                _check_set(whole, f"data.lists.settings.{setting}.{part}", name)
+    _check_lists(whole)
     for stage in ("stage1", "stage2"):
         setting = getattr(whole.training, stage).setting
         if setting not in whole.data.lists.settings:
             known = ", ".join(whole.data.lists.settings) or "none"
             raise UserError(f"training.{stage}.setting: '{setting}' is not in data.lists.settings; known: {known}")
+
+
+def _check_lists(whole: Config) -> None:
+    lists, names = whole.data.lists, set()
+    for setting, parts in lists.settings.items():
+        for part, name in parts.draws:
+            _check_set(whole, f"data.lists.settings.{setting}.{part}", name)
+            names.add(name)
+    for key in ("paper_hours", "paper_notes"):
+        for name in sorted(getattr(lists, key).keys() - names):
+            raise UserError(f"data.lists.{key}: '{name}' is in no setting; mend its name, or take it out")
+    for setting in lists.released.folders.keys() - lists.settings if lists.released else ():
+        known = ", ".join(lists.settings) or "none"
+        raise UserError(f"data.lists.released.folders: '{setting}' is not in data.lists.settings; known: {known}")
 
 
 def _check_set(whole: Config, where: str, name: str) -> None:

@@ -1,7 +1,9 @@
 """Print what a configuration names, a line each, for shell scripts.
 
-corpora: name, preparer, `real` or the size of a synthetic one, languages. sets: every test set that the settings of
-training name. pretrained: encoder and LLM. methods: the encoder adapters, as the paper's tables compare them.
+corpora: name, preparer, `real` or the size of a synthetic one, languages (all, or those of a job's share), options.
+downloads: arguments of local/download.sh, which fetch the real corpora and the pretrained models.
+sets: every test set that the settings of training name. pretrained: encoder and LLM.
+methods: the encoder adapters, as the paper's tables compare them.
 """
 
 import argparse
@@ -13,6 +15,7 @@ from zipperasr.cli import recipe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--conf", required=True, help="YAML file")
     parser.add_argument("what", choices=sorted(SHOWN), help="which names")
+    parser.add_argument("--share", type=recipe.share, default=(1, 1), help="of corpora, of their languages: 2/8")
     parser.add_argument("--part", choices=("train", "dev", "test"), default="test", help="of sets (default: test)")
 
 
@@ -22,8 +25,19 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _corpora(whole: recipe.Config, args: argparse.Namespace) -> Iterator[str]:
+    job, num_jobs = args.share
+    every = [(name, lang) for name, corpus in whole.corpora.items() for lang in corpus.langs]
+    mine = every[job - 1 :: num_jobs]
     for name, corpus in whole.corpora.items():
-        yield f"{name} {corpus.prepare} {corpus.synthetic or 'real'} {' '.join(corpus.langs)}"
+        if langs := [lang for owner, lang in mine if owner == name]:
+            yield f"{name} {corpus.prepare} {corpus.synthetic or 'real'} {' '.join([*langs, *corpus.options])}"
+
+
+def _downloads(whole: recipe.Config, args: argparse.Namespace) -> Iterator[str]:
+    for name, corpus in whole.corpora.items():
+        if not corpus.synthetic:
+            yield " ".join(["--corpus", name, "--lang", *corpus.langs, *corpus.download])
+    yield from (f"--model {model}" for model in _pretrained(whole, args))
 
 
 def _sets(whole: recipe.Config, args: argparse.Namespace) -> list[str]:
@@ -41,4 +55,10 @@ def _methods(whole: recipe.Config, args: argparse.Namespace) -> list[str]:
     return [*REGISTRY, "zipper_soft_initial_b"]
 
 
-SHOWN = {"corpora": _corpora, "sets": _sets, "pretrained": _pretrained, "methods": _methods}
+SHOWN = {
+    "corpora": _corpora,
+    "downloads": _downloads,
+    "sets": _sets,
+    "pretrained": _pretrained,
+    "methods": _methods,
+}
