@@ -9,5 +9,5 @@ export OMP_NUM_THREADS=1
 
 ruff check .
 ruff format --check .
-shellcheck --external-sources --source-path=SCRIPTDIR path.sh .ci/run egs/*/run.sh {local,tests,utils}/*.sh
+shellcheck --external-sources --source-path=SCRIPTDIR path.sh .ci/run egs/*/{run,cmd}.sh {local,tests,utils}/*.sh
 python -m pytest --quiet --durations=15 "$@"

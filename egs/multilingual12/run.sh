@@ -17,7 +17,8 @@ encoder=full        # context of the encoder: full or chunked
 data_dir=           # corpora, manifests, lists, features (default: data; data/paper for the paper's)
 exp_dir=            # runs and report (default: exp/<conf>)
 ngpu=               # GPUs (default: 1 if there is any, else 0)
-nj=                 # parallel jobs (default: one per core)
+nj=                 # processes of a job (default: one per core)
+num_jobs=1          # jobs that stages 1 and 3 are split into; cmd.sh says where they run
 
 here=$(dirname "$(readlink -f "$0")")
 . "$here/utils/parse_options.sh"
@@ -36,7 +37,9 @@ done
 [[ $encoder =~ ^(full|chunked)$ ]] || fail "unknown encoder '$encoder'; known: full, chunked"
 : "${ngpu:=$(nvidia-smi --list-gpus 2>/dev/null | head -n 1 | wc -l)}" "${nj:=$(env -u OMP_NUM_THREADS nproc)}"
 [[ $ngpu =~ ^[0-9]+$ ]] || fail "--ngpu '$ngpu' is not a number"
-[[ $nj =~ ^[1-9][0-9]*$ ]] || fail "--nj '$nj' is not a number of jobs"
+for number in "$nj" "$num_jobs"; do
+  [[ $number =~ ^[1-9][0-9]*$ ]] || fail "--nj and --num-jobs take a number above 0, not '$number'"
+done
 if [ -f "$here/conf/$conf.yaml" ]; then
   conf=$here/conf/$conf.yaml
 else
@@ -49,6 +52,7 @@ exp_dir=$(absolute "$exp_dir")
 
 cd "$here"
 . ./path.sh
+. ./cmd.sh
 case $name in mini) : "${data_dir:=data}" ;; *) : "${data_dir:=data/${name%%_*}}" ;; esac
 : "${exp_dir:=exp/$name}"
 [ "$ngpu" -gt 0 ] || export CUDA_VISIBLE_DEVICES=
@@ -89,6 +93,14 @@ train() {  # <stage 1 or 2> <run> [option ...]
     "${@:3}" "model.encoder.context=$encoder"
 }
 
+spread() {  # <command with the word JOB>: as it is, or --num-jobs times by $data_cmd
+  if ((num_jobs == 1)); then
+    "${@//JOB/1}"
+  else
+    $data_cmd JOB=1:"$num_jobs" "$exp_dir/log/stage$current.JOB.log" "$@"
+  fi
+}
+
 decode_and_score() {  # <run>
   local run=$exp_dir/$1
   zipperasr decode --run-dir "$run" --data-dir "$data_dir" --nj "$nj" --sets "${sets[@]}"
@@ -96,24 +108,15 @@ decode_and_score() {  # <run>
 }
 
 if begin 0 "corpora and pretrained models"; then
-  corpora=$(zipperasr show corpora --conf "$conf")
-  real=$(awk '$3 == "real" { print $1 }' <<<"$corpora")
-  awk '$3 != "real" { print $1, $3 }' <<<"$corpora" | while read -r corpus scale; do
-    python local/make_mini.py --out "$data_dir/corpora" --corpora "$corpus" --scale "$scale" --nj "$nj"
+  zipperasr show corpora --conf "$conf" | awk '$3 != "real" { print $1, $3 }' | while read -r corpus scale; do
+    python local/make_mini.py --out "$data_dir/corpora" --corpora "$corpus" --scale "$scale" --nj "$nj" </dev/null
   done
-  # shellcheck disable=SC2086
-  [ -z "$real" ] || local/download.sh "$data_dir/corpora" $real
-  for model in $(zipperasr show pretrained --conf "$conf"); do
-    [[ $model != pretrained/* || -d $model ]] || fail "$here/$model is not there; get it back with git checkout"
-  done
+  mapfile -t wanted < <(zipperasr show downloads --conf "$conf" | tr ' ' '\n')
+  local/download.sh --dir "$data_dir/corpora" "${wanted[@]}"
 fi
 
 if begin 1 "manifests"; then
-  zipperasr show corpora --conf "$conf" | while read -r corpus prepare _ langs; do
-    # shellcheck disable=SC2086
-    python "local/prepare_$prepare.py" --corpus "$corpus" --corpus-dir "$data_dir/corpora/$corpus" --langs $langs \
-      --out "$data_dir/manifests" --nj "$nj"
-  done
+  spread local/prepare.sh "$conf" "$data_dir" "$nj" "JOB/$num_jobs"
   zipperasr validate --conf "$conf" --data-dir "$data_dir" --nj "$nj"
 fi
 
@@ -122,6 +125,7 @@ if begin 2 "utterance lists"; then
 fi
 
 if begin 3 "features"; then
+  ((num_jobs == 1)) || spread zipperasr features --conf "$conf" --data-dir "$data_dir" --nj "$nj" --share "JOB/$num_jobs"
   zipperasr features --conf "$conf" --data-dir "$data_dir" --nj "$nj"
 fi
 
