@@ -27,6 +27,7 @@ setup(
         "matplotlib",
         "numpy",
         "openai-whisper",
+        "orjson",
         "pydantic>=2",
         "pyyaml",
         "regex",

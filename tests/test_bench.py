@@ -3,12 +3,13 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from zipperasr.adapters import REGISTRY, language_runs
-from zipperasr.bench import adapters, timing
+from zipperasr.bench import adapters, data, features, timing
 from zipperasr.bench.timing import Report, Target
 from zipperasr.cli import main as cli
 
@@ -97,7 +98,56 @@ def test_an_encoder_is_timed_by_every_method(bench, monkeypatch):
     assert found["targets"][-1]["what"] == "encoder tiny: zipper_soft over vanilla"
 
 
-WRONG = (["nonsense"], ["adapters", "--sizes", "16"], ["adapters", "--rounds", "0"])
+def test_extraction_is_timed_beside_lhotse_and_transformers(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "UTTERANCES", 1)
+    path, threads = tmp_path / "bench.json", torch.get_num_threads()
+    try:
+        assert cli.main(["bench", "features", "--rounds", "1", "--json", str(path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    rows, found = cells_of(capsys.readouterr().out)[2:], json.loads(path.read_text())
+    kinds = [f"{kind}, {bins} bins" for kind in data.KINDS for bins in (80, 128)]
+    assert [row[:2] for row in rows] == [[kind, case] for kind in kinds for case in features.cases(80)]
+    assert all(row["ratio"] == 1 for row in found["rows"] if row["case"] == features.OURS)
+    limits = {(t["what"].partition(": ")[2], t["relation"], t["limit"]) for t in found["targets"]}
+    assert limits == {(f"{features.LHOTSE}, over ours", ">=", 1.0), (f"{features.TRANSFORMERS}, over ours", ">=", 3.0)}
+    assert len(found["targets"]) == 2 * len(kinds)
+
+
+@pytest.mark.parametrize("bins", [80, 128])
+def test_what_extraction_is_compared_with_computes_the_same(bins):
+    """Transformers pads to 30 s and has filters of its own: what it computes agrees to the rounding of float32."""
+    samples = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
+    found = {name: case(samples) for name, case in features.cases(bins).items()}
+    ours = found[features.OURS]
+    assert torch.equal(found[features.LHOTSE], ours) and torch.equal(found[features.WHISPER].T, ours)
+    assert torch.allclose(found[features.TRANSFORMERS]["input_features"][0, :, :98].T, ours[:98], atol=1e-3)
+    assert found[features.PADDED].shape == (3000, bins)
+
+
+def test_every_step_on_a_large_corpus_is_measured(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PACKED", 300)
+    path = tmp_path / "bench.json"
+    assert cli.main(["bench", "data", "--cuts", "90", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    steps = {row["step"]: row for row in found["rows"]}
+    alone = [name for name, row in steps.items() if "peak MB" in row]
+    assert alone == ["read", "validate", "select 0 h", "select all", "start up"]
+    assert 20 < steps["validate"]["peak MB"] < steps["start up"]["peak MB"]
+    parts = [row["s"] for name, row in steps.items() if name.startswith("  ")]
+    assert len(parts) == 4 and sum(parts) == pytest.approx(steps["start up"]["s"], abs=0.5)
+    packed = [row for name, row in steps.items() if name.startswith("pack")]
+    assert len(packed) == 6 and all(0.5 < row["fill"] <= 1 and row["rows/s"] > 0 for row in packed)
+    assert len(found["targets"]) == 2 * 3 + 1 + 2 * 3
+    assert "start up with 90 cuts: s" in capsys.readouterr().out
+
+
+def test_a_synthetic_corpus_lasts_as_its_models_do():
+    means = {kind: data.durations_s(kind, 20_000).mean() for kind in data.KINDS}
+    assert means == pytest.approx({"LibriSpeech": 12.3, "MLS": 15.0, "Common Voice": 5.0}, rel=0.02)
+
+
+WRONG = (["nonsense"], ["adapters", "--sizes", "16"], ["adapters", "--rounds", "0"], ["data", "--cuts", "0"])
 
 
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)

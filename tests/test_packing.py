@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from zipperasr import files
+from zipperasr.bench.data import KINDS, durations_s
 from zipperasr.data.loader import load_batches
 from zipperasr.data.packing import Example, PackingSettings, Plan, make_batch, num_speech_tokens, pack, tokenize
 from zipperasr.errors import UserError
@@ -30,6 +32,9 @@ class FakeTokenizer:
 
     def encode(self, text):
         return list(range(1, 1 + len(text) // 5))
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
 
 
 def make_examples(count=97, seed=0, langs=("de", "en", "th")):
@@ -58,6 +63,38 @@ def test_rows_hold_one_language_and_fit_and_are_nearly_full():
     lengths = [sum(examples[i].num_tokens for i in row) for row in rows]
     assert max(lengths) <= 256
     assert sum(lengths) / (256 * len(rows)) > 0.96
+
+
+@pytest.mark.parametrize("lookahead", [0, 64])
+@pytest.mark.parametrize("like", KINDS)
+def test_rows_of_2048_tokens_are_filled_as_promised(like, lookahead):
+    """First-fit cannot fill them with utterances of 10 to 20 s, which are as long as what is left over."""
+    examples = tokenize(
+        [FakeUtterance(str(i), "de", "x" * int(15 * s), int(100 * s)) for i, s in enumerate(durations_s(like, 20_000))],
+        FakeTokenizer(), PackingSettings(),
+    )  # fmt: skip
+    rows = pack(examples, max_tokens=2048, seed=0, lookahead=lookahead)
+    assert sorted(index for row in rows for index in row) == list(range(len(examples)))
+    lengths = [sum(examples[i].num_tokens for i in row) for row in rows]
+    assert max(lengths) <= 2048
+    assert (sum(lengths) / (2048 * len(rows)) >= 0.97) is (lookahead > 0 or like != "MLS")
+
+
+@pytest.mark.parametrize("lookahead", [1, 8, 5000])
+def test_rows_packed_ahead_hold_one_language_in_an_order_of_the_seed(lookahead):
+    examples = make_examples(count=500)
+    rows = pack(examples, max_tokens=256, seed=0, lookahead=lookahead)
+    assert sorted(index for row in rows for index in row) == list(range(len(examples)))
+    assert all(len({examples[i].utterance.lang for i in row}) == 1 for row in rows)
+    assert max(sum(examples[i].num_tokens for i in row) for row in rows) <= 256
+    assert rows == pack(make_examples(count=500), max_tokens=256, seed=0, lookahead=lookahead)
+    assert rows != pack(examples, max_tokens=256, seed=1, lookahead=lookahead)
+
+
+def test_first_fit_is_what_it_has_always_been():
+    """Recorded runs were packed so: a digest of rows and epochs."""
+    plan = make_plan(make_examples(count=2000), num_slots=2)
+    assert files.fingerprint([plan.rows, plan.order(0), plan.order(1)]) == "24b04b003d03ae9b"
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -124,6 +161,7 @@ def test_a_batch_survives_the_way_from_a_worker(count):
     batch = make_batch([[example] for example in examples])
     copy = pickle.loads(pickle.dumps(batch))
     assert (copy.ids, copy.rows, copy.targets) == (batch.ids, batch.rows, batch.targets)
+    assert all(type(ids) is list for ids in batch.targets)
     assert all(torch.equal(a, b) for a, b in zip(copy.features, batch.features, strict=True))
 
 
@@ -142,5 +180,5 @@ def test_skipped_utterances_are_counted_and_named(caplog):
 
 def test_an_example_is_its_prompt_and_its_target_with_end_of_text():
     (example,) = tokenize([FakeUtterance("a", "de", "x" * 10, 80)], FakeTokenizer(), PackingSettings())
-    assert isinstance(example, Example) and example.target == [1, 2, 0]
+    assert isinstance(example, Example) and example.target.tolist() == [1, 2, 0]
     assert example.num_tokens == len(example.prompt) + 10 + 3

@@ -1,16 +1,22 @@
 """Time this code beside what it is compared with, all in one run, and print a table.
 
 adapters: every adapter method on a linear layer, beside the frozen layer and PEFT, and perhaps in a whole encoder.
+features: log-mel extraction beside Lhotse's and the feature extractor of transformers.
+data: reading, validating, selecting from and packing a synthetic corpus, and how long training takes to start with it.
 """
 
 import argparse
 import importlib
 from pathlib import Path
 
+import zipperasr
 from zipperasr.bench import ENCODERS
 
+TOKENIZER = Path(zipperasr.__file__).parents[1] / "egs" / "multilingual12" / "pretrained" / "mini" / "lm"
 BENCHMARKS = {
     "adapters": ("sizes", "langs", "tokens", "rounds", "encoder", "threads"),
+    "features": ("rounds",),
+    "data": ("cuts", "tokenizer"),
 }  # file of zipperasr/bench -> its options
 
 
@@ -30,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--encoder", choices=[*ENCODERS, "none"], help="also a whole encoder (default: large-v3 on a GPU, else none)"
+    )
+    parser.add_argument("--cuts", type=_positive, default=2_000_000, help="of the synthetic corpus (default: 2000000)")
+    parser.add_argument(
+        "--tokenizer", default=str(TOKENIZER), help="folder or Hugging Face model id (default: that of the mini recipe)"
     )
 
 

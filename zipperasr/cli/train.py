@@ -108,8 +108,7 @@ def _model(args: argparse.Namespace, whole: recipe.Config) -> SpeechLLM:
 def _trainer(args: argparse.Namespace, whole: recipe.Config, build_model: Callable) -> Trainer:
     import torch
 
-    from zipperasr.data.packing import tokenize
-    from zipperasr.data.utterances import load_utterances
+    from zipperasr.data.packing import load_examples
     from zipperasr.training.engine import prepare_process
     from zipperasr.training.trainer import Trainer
 
@@ -118,10 +117,13 @@ def _trainer(args: argparse.Namespace, whole: recipe.Config, build_model: Callab
     torch.manual_seed(settings.seed)  # of fresh parameters
     model = build_model(args, whole)
     train, dev = (
-        tokenize(
-            load_utterances(args.data_dir, settings.setting, part, None, whole.data.features),
-            model.tokenizer,
-            whole.data.packing,
+        load_examples(
+            args.data_dir,
+            settings.setting,
+            part,
+            tokenizer=model.tokenizer,
+            features=whole.data.features,
+            packing=whole.data.packing,
         )
         for part in ("train", "dev")
     )
@@ -133,6 +135,7 @@ def _trainer(args: argparse.Namespace, whole: recipe.Config, build_model: Callab
         dev=dev,
         settings=settings,
         packing=whole.data.packing,
+        spec_augment=whole.data.features.spec_augment,
         encoder=whole.model.encoder,
         run_dir=args.run_dir,
     )

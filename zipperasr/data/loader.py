@@ -5,33 +5,48 @@ from collections.abc import Sequence
 
 from torch.utils.data import DataLoader, Dataset
 
+from zipperasr.data.augment import SpecAugmentSettings, spec_augment
 from zipperasr.data.packing import Batch, Example, Plan, make_batch
 
 
 class MicroBatches(Dataset):
     """Maps (step, slot) to its micro-batch: whichever worker is asked, whenever, the answer is the same."""
 
-    def __init__(self, examples: Sequence[Example], plan: Plan):
-        self.examples, self.plan = examples, plan
+    def __init__(self, examples: Sequence[Example], plan: Plan, spec_augment: SpecAugmentSettings | None):
+        self.examples, self.plan, self.spec_augment = examples, plan, spec_augment
 
     def __getitem__(self, at: tuple[int, int]) -> Batch:
         rows = self.plan.slot_rows(*at)
-        return make_batch([[self.examples[index] for index in row] for row in rows])
+        batch = make_batch([[self.examples[index] for index in row] for row in rows])
+        if self.spec_augment:
+            seed = "spec augment {} {} {}".format(self.plan.seed, *at)
+            batch.features = spec_augment(batch.features, self.spec_augment, seed=seed)
+        return batch
 
 
 def load_batches(
-    examples: Sequence[Example], plan: Plan, *, steps: range, rank: int, num_ranks: int, num_workers: int
+    examples: Sequence[Example],
+    plan: Plan,
+    *,
+    steps: range,
+    rank: int,
+    num_ranks: int,
+    num_workers: int,
+    spec_augment: SpecAugmentSettings | None = None,
 ) -> DataLoader:
     """This rank's micro-batches of `steps` (counted over all epochs): `plan.num_slots / num_ranks` for each step.
 
-    One set of workers lives through all epochs.
+    One set of workers lives through all epochs. `spec_augment` depends on the seed, the step and the slot alone.
     """
+    if num_workers and examples:
+        examples[0].utterance.features()  # the workers, which fork, then have all imported that reading takes
     order = [(step, slot) for step in steps for slot in range(rank, plan.num_slots, num_ranks)]
     return DataLoader(
-        MicroBatches(examples, plan),
+        MicroBatches(examples, plan, spec_augment),
         sampler=order,
         batch_size=None,
         num_workers=num_workers,
+        multiprocessing_context="fork" if num_workers else None,  # they share millions of examples
         worker_init_fn=_ignore_signals,
     )
 

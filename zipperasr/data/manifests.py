@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import orjson
 
 from zipperasr import files
 from zipperasr.errors import UserError
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from lhotse.cut import Cut
 
 SUFFIX = "_cuts.jsonl.gz"
+READ_BYTES = 2**20
 
 
 def path_of(data_dir: Path | str, name: str) -> Path:
@@ -59,10 +63,10 @@ def find(data_dir: Path | str, corpora: Mapping[str, Iterable[str]]) -> dict[str
 def read(path: Path | str) -> Iterator[dict[str, Any]]:
     """The cuts of a manifest as dictionaries, in file order. Raises UserError when it is missing, broken or empty."""
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as stream:
+        with gzip.open(path, "rb") as packed, io.BufferedReader(packed, READ_BYTES) as stream:
             line = None
             for line in stream:
-                yield json.loads(line)
+                yield orjson.loads(line)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such manifest; run stage 1") from error
     except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
@@ -82,10 +86,11 @@ def lookup(data_dir: Path | str, name: str, ids: Iterable[str]) -> Iterator[tupl
     for path in [own] * own.is_file() + sorted(others):
         if not missing:
             return
+        where = path.name.removesuffix(SUFFIX)
         for cut in read(path):
             if cut["id"] in missing:
                 missing.remove(cut["id"])
-                yield path.name.removesuffix(SUFFIX), cut
+                yield where, cut
 
 
 @contextlib.contextmanager

@@ -5,98 +5,161 @@ F frames (100 Hz).
 
 from __future__ import annotations
 
-import json
+import logging
+import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zipperasr.data import audio, lists, manifests
-from zipperasr.data.features import FeatureSettings, directory_of, load, log_mel, num_frames, require
+from zipperasr.data import audio, augment, lists, manifests, shar, store
+from zipperasr.data.features import FeatureSettings, log_mel, num_frames
 from zipperasr.errors import UserError
 
 if TYPE_CHECKING:
-    from lhotse.cut import Cut
+    import numpy as np
     from torch import Tensor
 
 
-@dataclass(frozen=True)
+Find = Callable[..., "dict[str, Utterance]"]
+
+
+@dataclass(slots=True)
 class Utterance:
     """One line of a list. A repeated line has the id with `#2`, `#3` and so on behind it.
 
-    The cut is kept as a line of JSON, for corpora of millions of utterances; `cut` makes the object.
+    `text` is trained on, `reference` is the transcript as the corpus has it. There are millions of these: they hold
+    what reading takes and nothing else of the cut, and are not frozen, as freezing takes most of the time to make one.
     """
 
     id: str
     lang: str
     text: str
+    reference: str
     duration_s: float
     num_frames: int
     num_mel_bins: int
-    line: str = field(repr=False, compare=False)
-
-    @property
-    def cut(self) -> Cut:
-        """The Lhotse cut."""
-        return manifests.to_cut(json.loads(self.line))
+    source: audio.Span | shar.Member = field(repr=False, compare=False)
+    speed: float = 1
+    """At which the audio of `source` is played; stored features are of this speed already."""
 
     def features(self) -> Tensor:
-        """Log-mel features [num_frames, num_mel_bins], float32: read if they are stored, else computed."""
-        cut = self.cut
-        if cut.features is not None:
-            return load(cut)
-        return log_mel(audio.load_audio(cut), self.num_mel_bins)
+        """Log-mel features [num_frames, num_mel_bins], float32: read if they are stored, else computed.
+
+        Raises UserError naming the utterance when its source cannot be read.
+        """
+        if isinstance(self.source, shar.Member) and self.source.field == "features":
+            return store.read_features(self.source, self.id)
+        return log_mel(augment.perturb_speed(self._samples(), self.speed), self.num_mel_bins)
+
+    def _samples(self) -> np.ndarray:
+        if isinstance(self.source, shar.Member):
+            return store.read_audio(self.source, self.id)
+        return self.source.load(self.id)
 
 
 def load_utterances(
-    data_dir: Path | str, setting: str, part: str, sets: Iterable[str] | None, features: FeatureSettings
+    data_dir: Path | str,
+    setting: str,
+    part: str,
+    sets: Iterable[str] | None,
+    features: FeatureSettings,
+    *,
+    on_text: Callable[[str], object] = lambda text: None,
 ) -> list[Utterance]:
     """The utterances of the lists of `part` (train, dev or test) of a setting, in the order of the lists.
 
-    `sets` picks some of the lists, in its order; None takes all, by name. Audio is not read.
-    Raises UserError for a set without a list, and for listed ids that are missing from the manifest or the features.
+    `sets` picks some of the lists, in its order; None takes all, by name. Where the speed of training audio is
+    perturbed, copies follow each list of `train`. Audio is not read. `on_text` is called with every text when it is
+    found, so that it can be tokenised meanwhile.
+    Raises UserError for a set without a list, and for listed ids that are missing from the manifests or what is stored.
     """
-    found = lists.find(data_dir, setting, part)
+    there = lists.find(data_dir, setting, part)
     utterances = []
-    for name in found if sets is None else sets:
-        if name not in found:
-            known = ", ".join(found) or "none"
+    for name in there if sets is None else sets:
+        if name not in there:
+            known = ", ".join(there) or "none"
             raise UserError(f"'{name}' has no list in {Path(data_dir) / 'lists' / setting / part}; there are {known}")
-        utterances += _load_set(data_dir, name, lists.read(found[name]), features)
+        ids = lists.read(there[name])
+        find = partial(_find, data_dir, name, settings=features, on_text=on_text)
+        utterances += _in_order(ids, found := find(ids))
+        for speed in features.speed_perturb if part == "train" else ():
+            copies = _copies(found, name, speed, find if features.storage == "precomputed" else None)
+            utterances += _in_order([utt_id for utt_id in ids if utt_id in copies], copies)
     return utterances
 
 
-def _load_set(data_dir: Path | str, name: str, ids: list[str], settings: FeatureSettings) -> list[Utterance]:
-    wanted, is_stored = set(ids), settings.storage == "precomputed"
-    path = manifests.path_of(data_dir, name)
-    if is_stored:
-        path = directory_of(data_dir, name) / path.name
-        if not path.is_file():
-            raise UserError(f"{path}: no such features; run stage 3, or set data.features.storage=on_the_fly")
-    found = {}
-    for cut in manifests.read(path):
-        if cut["id"] in wanted:
-            if is_stored and cut["features"]["num_features"] != settings.num_mel_bins:
-                raise UserError(f"{path}: not of data.features.num_mel_bins={settings.num_mel_bins}; run stage 3 again")
-            found[cut["id"]] = _utterance(cut, settings.num_mel_bins)
-    require(wanted - found.keys(), f"in {path}", f"run stages 1 {'to 3' if is_stored else 'and 2'} again")
+def _find(
+    data_dir: Path | str,
+    name: str,
+    ids: Iterable[str],
+    *,
+    settings: FeatureSettings,
+    on_text: Callable[[str], object],
+    speed: float = 1,
+) -> dict[str, Utterance]:
+    """The utterances that the list of a set names, by id."""
+    wanted, found = set(ids), {}
+    if settings.storage == "on_the_fly":
+        cuts = ((audio.Span.of(cut), cut) for _, cut in manifests.lookup(data_dir, name, wanted))
+        where, stages = manifests.path_of(data_dir, name), "1 and 2"
+    else:
+        where, stages = store.root_of(data_dir, settings, speed) / name, "1 to 3"
+        cuts = _stored(where, wanted, settings)
+    for source, cut in cuts:
+        utterance = found[cut["id"]] = _utterance(cut, source, settings.num_mel_bins)
+        on_text(utterance.text)
+    store.require(wanted - found.keys(), f"in {where}", f"run stages {stages} again")
+    return found
+
+
+def _stored(
+    directory: Path, wanted: set[str], settings: FeatureSettings
+) -> Iterator[tuple[shar.Member, dict[str, Any]]]:
+    """The cuts of what stage 3 has stored for a set, with the place of each."""
+    root, bins = directory.parent, settings.num_mel_bins
+    if wanted and not root.is_dir():
+        raise UserError(f"{root}: nothing is stored there; run stage 3, or set data.features.storage=on_the_fly")
+    for member, cut in shar.lookup(root, directory.name, wanted, store.FIELDS[settings.storage]):
+        if settings.storage == "precomputed" and cut["features"]["num_features"] != bins:
+            raise UserError(f"{member.path}: not of data.features.num_mel_bins={bins}; run stage 3 again")
+        yield member, cut
+
+
+def _copies(base: dict[str, Utterance], name: str, speed: float, stored: Find | None) -> dict[str, Utterance]:
+    """The copies at a speed, by the id of the base, but for those that would be too long, which are counted."""
+    chosen = {i: augment.copy_id(i, speed) for i, u in base.items() if augment.has_copy(u.duration_s, speed)}
+    if num_long := len(base) - len(chosen):
+        logging.warning("%s: %d of %d utterances have no copy at speed %g: over 30 s", name, num_long, len(base), speed)
+    if stored:
+        found = stored(chosen.values(), speed=speed)
+        return {i: found[utt_id] for i, utt_id in chosen.items()}
+    return {i: _copy(base[i], utt_id, speed) for i, utt_id in chosen.items()}
+
+
+def _copy(utterance: Utterance, utt_id: str, speed: float) -> Utterance:
+    duration_s = augment.copy_duration_s(utterance.duration_s, speed)
+    return replace(utterance, id=utt_id, duration_s=duration_s, num_frames=num_frames(duration_s), speed=speed)
+
+
+def _in_order(ids: Sequence[str], found: dict[str, Utterance]) -> list[Utterance]:
+    """An utterance for each line of a list."""
+    if len(ids) == len(found):
+        return [found[utt_id] for utt_id in ids]
     utterances, times = [], Counter()
     for utt_id in ids:
-        times[utt_id] += 1
-        repeat = f"#{times[utt_id]}" if times[utt_id] > 1 else ""
-        utterances.append(replace(found[utt_id], id=utt_id + repeat) if repeat else found[utt_id])
+        utterance, times[utt_id] = found[utt_id], times[utt_id] + 1
+        number = times[utt_id]
+        utterances.append(replace(utterance, id=f"{utterance.id}#{number}") if number > 1 else utterance)
     return utterances
 
 
-def _utterance(cut: dict[str, Any], num_mel_bins: int) -> Utterance:
+def _utterance(cut: dict[str, Any], source: audio.Span | shar.Member, num_mel_bins: int) -> Utterance:
     (supervision,) = cut["supervisions"]
-    return Utterance(
-        id=cut["id"],
-        lang=supervision["language"],
-        text=supervision["text"],
-        duration_s=cut["duration"],
-        num_frames=num_frames(cut["duration"]),
-        num_mel_bins=num_mel_bins,
-        line=json.dumps(cut),
-    )
+    reference, duration_s = supervision["text"], cut["duration"]
+    text = (supervision.get("custom") or {}).get("train_text", reference)
+    text = reference if text == reference else text  # one string then
+    lang = sys.intern(supervision["language"])
+    return Utterance(cut["id"], lang, text, reference, duration_s, num_frames(duration_s), num_mel_bins, source)

@@ -58,9 +58,10 @@ def plan(
     jobs = []
     for name in dict.fromkeys(sets):
         where = _setting_of(name, data, first=setting)
-        inputs = [lists.find(data_dir, where, "test").get(name), manifests.path_of(data_dir, name)]
-        if not all(path and path.is_file() for path in inputs):
-            raise UserError(f"{name}: no list or no manifest in {data_dir}; run stages 1 and 2 again")
+        corpus, lang, _ = name.split("_", 2)
+        inputs = [lists.find(data_dir, where, "test").get(name), *manifests.find(data_dir, {corpus: [lang]}).values()]
+        if not all(inputs):
+            raise UserError(f"{name}: no list in {data_dir}; run stages 1 and 2 again")
         key = files.fingerprint([model, decoding.model_dump(), *map(files.sha256, inputs)])
         jobs.append(Job(run_dir, at, run, data_dir, where, name, data.features, decoding, model, key))
     return jobs
@@ -160,7 +161,7 @@ def _write_outputs(job: Job, utterances: Sequence[Utterance]) -> dict[str, Any]:
     timing["flags"] = Counter(flag for record in records for flag in record["flags"])
     directory = job.directory
     with files.write(directory / "ref") as ref:
-        ref.writelines(_line(u.id, u.text) for u in utterances)
+        ref.writelines(_line(u.id, u.reference) for u in utterances)
     with files.write(directory / "hyp") as hyp:
         hyp.writelines(_line(record["id"], record["text"]) for record in records if "unreadable" not in record["flags"])
     with files.write(directory / "utts.jsonl") as utts:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from zipperasr import adapters, files
+from zipperasr.data.augment import SpecAugmentSettings
 from zipperasr.data.loader import load_batches
 from zipperasr.data.packing import Batch, Example, PackingSettings, Plan, pack
 from zipperasr.errors import UserError
@@ -78,14 +79,16 @@ class Trainer:
         packing: PackingSettings,
         encoder: EncoderSettings,
         run_dir: Path,
+        spec_augment: SpecAugmentSettings | None = None,
     ):
         self.settings, self.packing, self.encoder, self.run_dir = settings, packing, encoder, run_dir
+        self.spec_augment = spec_augment
         self.engine = start(model, settings)
         self.rank, self.num_ranks = self.engine.global_rank, self.engine.world_size
         self.parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
         self.own = adapters.language_parameters(self.engine.module)
         self.balances = any(layer.balances for layer in adapters.adapted_layers(self.engine.module).values())
-        self.langs = sorted({x.utterance.lang for x in [*train, *dev]})
+        self.langs = sorted({x.utterance.lang for x in chain(train, dev)})
         self.train, self.dev = train, dev
         self.plan = self._plan(train, num_slots=self.num_ranks * settings.accumulation)
         self.total_steps = settings.max_steps or settings.epochs * self.plan.steps_per_epoch
@@ -136,16 +139,17 @@ class Trainer:
         return {"dev_loss": totals.loss, "dev_loss_per_lang": totals.loss_per_lang}
 
     def _plan(self, examples: Sequence[Example], *, num_slots: int) -> Plan:
-        rows = pack(examples, max_tokens=self.packing.max_tokens_per_row, seed=self.settings.seed)
+        settings = {"max_tokens": self.packing.max_tokens_per_row, "lookahead": self.packing.lookahead}
+        rows = pack(examples, seed=self.settings.seed, **settings)
         return Plan(rows, getattr(self.packing.rows_per_batch, self.encoder.context), num_slots, self.settings.seed)
 
-    def _load(self, examples: Sequence[Example], plan: Plan, steps: range) -> Iterator[Batch]:
+    def _load(self, examples: Sequence[Example], plan: Plan, steps: range, **more) -> Iterator[Batch]:
         ranks = {"rank": self.rank, "num_ranks": self.num_ranks}
-        return iter(load_batches(examples, plan, steps=steps, num_workers=self.settings.num_workers, **ranks))
+        return iter(load_batches(examples, plan, steps=steps, num_workers=self.settings.num_workers, **ranks, **more))
 
     def _batches(self, steps: range) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step."""
-        loaded = self._load(self.train, self.plan, steps)
+        loaded = self._load(self.train, self.plan, steps, spec_augment=self.spec_augment)
         while batches := list(islice(loaded, self.settings.accumulation)):
             yield batches
 

@@ -1,0 +1,18 @@
+"""Processes that do a share of another one's work."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+
+
+def begin() -> None:
+    """Make this process a worker: it has one thread for torch, and ends at Ctrl-C or when its parent has gone.
+
+    Whoever needs torch imports it before the fork.
+    """
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
