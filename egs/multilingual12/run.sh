@@ -118,10 +118,12 @@ fi
 if begin 1 "manifests"; then
   spread local/prepare.sh "$conf" "$data_dir" "$nj" "JOB/$num_jobs"
   zipperasr validate --conf "$conf" --data-dir "$data_dir" --nj "$nj"
+  echo "  what was kept and what was dropped: $data_dir/manifests/REPORT.md" >&3
 fi
 
 if begin 2 "utterance lists"; then
   zipperasr lists --conf "$conf" --data-dir "$data_dir"
+  echo "  where each list comes from: $data_dir/lists/*/REPORT.md" >&3
 fi
 
 if begin 3 "features"; then
