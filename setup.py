@@ -18,6 +18,7 @@ setup(
     packages=find_packages(include=["zipperasr", "zipperasr.*"]),
     entry_points={"console_scripts": ["zipperasr = zipperasr.cli.main:main"]},
     install_requires=[
+        "backports.tarfile; python_version < '3.12'",
         "deepspeed",
         "huggingface_hub",
         "ijson",

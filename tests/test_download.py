@@ -344,7 +344,7 @@ def test_a_disk_that_fills_while_unpacking_is_one_line_and_leaves_no_tree(tmp_pa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as context:
-        context.setattr(tarfile, "copyfileobj", full)
+        context.setattr(archives.tarfile, "copyfileobj", full)
         with pytest.raises(UserError, match="the disk is full"):
             get(tmp_path)
     assert everything_below(tmp_path / "librispeech") == [".download/.lock", ".download/dev-clean.tar.gz"]

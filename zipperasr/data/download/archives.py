@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tarfile
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +18,11 @@ from tqdm import tqdm
 from zipperasr import files
 from zipperasr.data.download.fetch import CHUNK, Progress
 from zipperasr.errors import UserError
+
+if sys.version_info >= (3, 12):
+    import tarfile
+else:
+    from backports import tarfile  # its filter against hostile archives came in the middle of 3.11
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,6 @@ def unpack(path: Path, folder: Path, *, password: str = "", progress: Progress) 
     would reach outside of `folder` are refused. Raises UserError naming an archive that is refused, Mismatch for one
     that is damaged.
     """
-    if not hasattr(tarfile, "data_filter"):
-        raise UserError("this Python cannot unpack archives safely; install 3.11.4 or newer")
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.ExitStack() as failure:
         failure.callback(shutil.rmtree, folder, ignore_errors=True)
