@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from zipperasr import files
 from zipperasr.data import audio, defects, manifests, parallel, validation
 from zipperasr.data.text import train_text
@@ -152,8 +150,7 @@ class _Book:
 
     def _drop_repeated(self, path: Path) -> None:
         """Write the manifest again if an id is repeated: the first cut of each stays."""
-        hashes, times = np.unique(np.frombuffer(self._hashes, np.int64), return_counts=True)
-        suspects, firsts = set(hashes[times > 1].tolist()), {}
+        suspects, firsts = validation.repeated(self._hashes), {}
         if not suspects:
             return
         with manifests.writer(path) as write:

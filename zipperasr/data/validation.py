@@ -126,21 +126,27 @@ def rate_defects(sampling_rate: int) -> Kinds:
     return [("below 16 kHz", f"{sampling_rate} Hz")] if sampling_rate < audio.SAMPLE_RATE else []
 
 
+def repeated(hashes: array) -> set[int]:
+    """The hashes of 8 bytes that occur more than once: in them are those of all repeated ids, and hardly any others."""
+    values, times = np.unique(np.frombuffer(hashes, np.int64), return_counts=True)
+    return set(values[times > 1].tolist())
+
+
 def _validate_set(
     name: str, path: Path, held_out: dict[tuple, str], found: list[Found], *, nj: int, read_audio: bool
 ) -> Tally:
     prepared = manifests.tally_path(path)
-    tally = read_tally(prepared) if prepared.is_file() else Tally()
     seen, hashes = Tally(), array("q")  # a hash an utterance, not its id: sets may hold millions
     for line, checked in enumerate(_check_all(name, path, nj, read_audio or not prepared.is_file()), start=1):
-        seen.num_kept, seen.duration_s = line, seen.duration_s + checked.duration_s
+        seen.num_in, seen.num_kept, seen.duration_s = line, line, seen.duration_s + checked.duration_s
         hashes.append(hash(checked.utt_id))
         kinds = checked.kinds + _overlaps(name, checked, held_out)
         here = [Found(Defect(name, checked.utt_id, *kind), line) for kind in kinds]
         found += [one for one in here if one.is_fatal or not prepared.is_file()]  # preparation has counted the others
     found += _repeated(name, path, hashes)
     if not prepared.is_file():
-        return Tally(num_in=seen.num_kept, num_kept=seen.num_kept, duration_s=seen.duration_s)
+        return seen
+    tally = read_tally(prepared)
     if seen.num_kept != tally.num_kept:
         raise UserError(
             f"{path}: holds {seen.num_kept} utterances, not {tally.num_kept} as when it was prepared; delete "
@@ -166,8 +172,7 @@ def _overlaps(name: str, checked: Checked, held_out: dict[tuple, str]) -> Kinds:
 
 def _repeated(name: str, path: Path, hashes: array) -> Iterator[Found]:
     """The lines whose id has stood above; reads the manifest again only if there are any."""
-    values, times = np.unique(np.frombuffer(hashes, np.int64), return_counts=True)
-    suspects, ids = set(values[times > 1].tolist()), set()
+    suspects, ids = repeated(hashes), set()
     for line, cut in enumerate(manifests.read(path) if suspects else (), start=1):
         if hash(cut["id"]) in suspects:
             if cut["id"] in ids:

@@ -14,5 +14,10 @@ def begin() -> None:
     """
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Let this process end at Ctrl-C, and when the one that started it has gone, however it went."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()

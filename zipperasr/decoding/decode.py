@@ -14,9 +14,6 @@ encoded in windows), `unreadable` (no features).
 
 import json
 import multiprocessing
-import os
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from zipperasr import adapters, files
-from zipperasr.data import DataSettings, lists, manifests
+from zipperasr.data import DataSettings, lists, manifests, workers
 from zipperasr.data.utterances import Utterance, load_utterances
 from zipperasr.decoding import DecodingSettings
 from zipperasr.decoding.job import Job
@@ -106,16 +103,10 @@ def _start_pools(nj: int, stack: ExitStack) -> list[ProcessPoolExecutor]:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"{__package__}.worker"])
-    pools = [ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) for _ in range(nj)]
+    pools = [ProcessPoolExecutor(1, mp_context=context, initializer=workers.end_with_parent) for _ in range(nj)]
     for pool in pools:
         stack.callback(pool.shutdown, cancel_futures=True)
     return pools[: pools[0].submit(_num_gpus).result() or nj]
-
-
-def _end_with_parent() -> None:
-    """Let this process end at Ctrl-C, and when the one that started it has gone, however it went."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def _num_gpus() -> int:
