@@ -8,11 +8,22 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from zipperasr import files
+from zipperasr import config, files
 from zipperasr.bench.data import KINDS, durations_s
 from zipperasr.data.loader import load_batches
-from zipperasr.data.packing import Example, PackingSettings, Plan, make_batch, num_speech_tokens, pack, tokenize
+from zipperasr.data.packing import (
+    Example,
+    PackingSettings,
+    Plan,
+    SamplingSettings,
+    make_batch,
+    num_speech_tokens,
+    pack,
+    tokenize,
+)
 from zipperasr.errors import UserError
 
 
@@ -144,13 +155,12 @@ def test_a_resumed_loader_continues_with_the_next_utterance():
     assert rest == whole[5:]
 
 
-def test_languages_of_a_batch_are_contiguous_runs_and_rows_stay_together():
+def test_languages_of_a_batch_are_contiguous_runs():
     examples = make_examples()
     rows = pack(examples, max_tokens=256, seed=0)
     batch = make_batch([[examples[i] for i in row] for row in rows])
     runs = [lang for i, lang in enumerate(batch.langs) if i == 0 or batch.langs[i - 1] != lang]
     assert runs == sorted(set(batch.langs))
-    assert batch.rows == sorted(batch.rows) and batch.num_rows == len(rows)
     assert batch.num_tokens == sum(example.num_tokens for example in examples)
     assert batch.audio_s == pytest.approx(sum(example.utterance.num_frames for example in examples) / 100)
 
@@ -160,7 +170,7 @@ def test_a_batch_survives_the_way_from_a_worker(count):
     examples = make_examples(count=5)[:count]
     batch = make_batch([[example] for example in examples])
     copy = pickle.loads(pickle.dumps(batch))
-    assert (copy.ids, copy.rows, copy.targets) == (batch.ids, batch.rows, batch.targets)
+    assert (copy.ids, copy.langs, copy.targets) == (batch.ids, batch.langs, batch.targets)
     assert all(type(ids) is list for ids in batch.targets)
     assert all(torch.equal(a, b) for a, b in zip(copy.features, batch.features, strict=True))
 
@@ -182,3 +192,142 @@ def test_an_example_is_its_prompt_and_its_target_with_end_of_text():
     (example,) = tokenize([FakeUtterance("a", "de", "x" * 10, 80)], FakeTokenizer(), PackingSettings())
     assert isinstance(example, Example) and example.target.tolist() == [1, 2, 0]
     assert example.num_tokens == len(example.prompt) + 10 + 3
+
+
+def sampled(num_rows, *, rows_per_batch=2, num_slots=1, seed=0, **sampling):
+    """A plan of rows of one utterance, `num_rows` of each language."""
+    langs = [lang for lang, n in num_rows.items() for _ in range(n)]
+    random.Random(seed).shuffle(langs)
+    rows = [[i] for i in range(len(langs))]
+    return Plan(rows, rows_per_batch, num_slots, seed, langs, SamplingSettings(**sampling))
+
+
+LANGS = ("ar", "de", "en", "fr", "th")
+NUM_ROWS = st.dictionaries(st.sampled_from(LANGS), st.integers(1, 40), min_size=1)
+SAMPLINGS = st.one_of(
+    st.builds(dict, temperature=st.floats(1, 100)),
+    st.builds(dict, weights=st.fixed_dictionaries({lang: st.floats(0.01, 100) for lang in LANGS})),
+)
+
+
+@st.composite
+def plans(draw, samplings=SAMPLINGS):
+    num_rows, sampling = draw(NUM_ROWS), dict(draw(samplings))
+    if "weights" in sampling:
+        sampling["weights"] = {lang: sampling["weights"][lang] for lang in num_rows}
+    sizes = {"rows_per_batch": draw(st.integers(1, 4)), "num_slots": draw(st.integers(1, 4))}
+    return sampled(num_rows, seed=draw(st.integers(0, 9)), **sizes, **sampling)
+
+
+def trained_on(plan, steps):
+    """The rows of all slots of some steps, in turn; every slot is asked at every step."""
+    return [row for step in steps for slot in range(plan.num_slots) for (row,) in plan.slot_rows(step, slot)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(plans(), st.integers(1, 4))
+def test_no_row_comes_again_at_any_step_before_the_others_of_its_language(plan, epochs):
+    seen = Counter()
+    for step in range(epochs * plan.steps_per_epoch):
+        seen.update(trained_on(plan, [step]))
+        for lang in plan.quotas:
+            counts = [seen[i] for i, other in enumerate(plan.langs) if other == lang]
+            assert max(counts) - min(counts) <= 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(plans(), st.integers(0, 3))
+def test_an_epoch_has_as_many_steps_as_naturally_and_each_language_its_quota(plan, epoch):
+    natural = Plan(plan.rows, plan.rows_per_batch, plan.num_slots, plan.seed)
+    steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+    assert plan.steps_per_epoch == natural.steps_per_epoch
+    assert Counter(plan.langs[i] for i in trained_on(plan, steps)) == plan.quotas
+    assert sum(plan.quotas.values()) == len(plan.rows) and min(plan.quotas.values()) >= 1
+    for step in steps:
+        sizes = [len(plan.slot_rows(step, slot)) for slot in range(plan.num_slots)]
+        assert sizes == [len(natural.slot_rows(step, slot)) for slot in range(plan.num_slots)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(plans())
+def test_quotas_are_the_shares_of_the_formula_to_a_row(plan):
+    num_rows, sampling = Counter(plan.langs), plan.sampling
+    shares = sampling.weights or {lang: n ** (1 / sampling.temperature) for lang, n in num_rows.items()}
+    exact = {lang: len(plan.rows) * share / sum(shares.values()) for lang, share in shares.items()}
+    rare = [lang for lang in exact if plan.quotas[lang] == 1]
+    for lang, quota in plan.quotas.items():
+        assert quota == 1 or exact[lang] - 1 - len(rare) < quota < exact[lang] + 1
+        assert plan.passes_per_epoch[lang] == quota / num_rows[lang]
+
+
+@settings(deadline=None, max_examples=60)
+@given(plans(), st.integers(0, 30), st.integers(0, 30))
+def test_a_step_does_not_depend_on_the_steps_before_it(plan, step, other):
+    fresh = Plan(plan.rows, plan.rows_per_batch, plan.num_slots, plan.seed, plan.langs, plan.sampling)
+    trained_on(fresh, [other])
+    assert trained_on(fresh, [step]) == trained_on(plan, [step])
+
+
+def test_temperature_5_of_a_hundred_to_one():
+    plan = sampled({"de": 1000, "ar": 10}, temperature=5)
+    assert plan.quotas == {"ar": 288, "de": 722}  # 1010 / (1 + 100^(1/5)) = 287.6
+    assert plan.passes_per_epoch == {"ar": 28.8, "de": 0.722}
+    assert sampled({"de": 1000, "ar": 10}, temperature=1e6).quotas == {"ar": 505, "de": 505}
+
+
+def test_fixed_weights_are_in_any_unit():
+    assert sampled({"de": 70, "ar": 30}, weights={"de": 1, "ar": 3}).quotas == {"ar": 75, "de": 25}
+    assert sampled({"de": 70, "ar": 30}, weights={"de": 100, "ar": 300}).quotas == {"ar": 75, "de": 25}
+
+
+def test_a_language_that_would_have_no_row_has_one():
+    assert sampled({"de": 99, "ar": 1}, weights={"de": 1e9, "ar": 1}).quotas == {"ar": 1, "de": 99}
+
+
+def test_epochs_of_sampled_rows_differ_and_depend_on_the_seed():
+    numbers = {"de": 30, "ar": 10}
+    plan = sampled(numbers, temperature=3)
+    assert plan.order(0) != plan.order(1)
+    other = Plan(plan.rows, 2, 1, 1, plan.langs, plan.sampling)
+    assert plan.order(0) != other.order(0)
+
+
+def test_languages_of_a_sampled_epoch_are_mixed():
+    plan = sampled({"de": 500, "ar": 5}, weights={"de": 1, "ar": 1})
+    langs = [plan.langs[row] for row in plan.order(0)]
+    fifths = [langs[i : i + 101].count("ar") for i in range(0, 505, 101)]
+    assert min(fifths) > 35 and max(fifths) < 66
+
+
+def test_natural_sampling_needs_no_languages_and_is_each_row_once():
+    rows = [[i] for i in range(10)]
+    assert Plan(rows, 2, 1, 0).order(3) == Plan(rows, 2, 1, 0, ["de"] * 5 + ["ar"] * 5).order(3)
+    plan = Plan(rows, 2, 1, 0, ["de"] * 5 + ["ar"] * 5)
+    assert plan.passes_per_epoch == {"ar": 1, "de": 1}
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ({"de": 1}, "none for ar, th, which the training data has"),
+        ({"de": 1, "ar": 1, "th": 1, "fr": 2}, "no training data for fr"),
+    ],
+)
+def test_weights_name_exactly_the_languages_of_the_data(weights, message):
+    with pytest.raises(UserError, match=message):
+        sampled({"de": 3, "ar": 2, "th": 1}, weights=weights)
+
+
+@pytest.mark.parametrize(
+    "tree, message",
+    [
+        ({"temperature": 2, "weights": {"de": 1}}, "temperature and weights exclude each other"),
+        ({"temperature": 0.5}, "temperature: .*greater than or equal to 1"),
+        ({"temperature": float("inf")}, "temperature: .*finite"),
+        ({"weights": {"de": 0}}, "weights.de: .*greater than 0"),
+        ({"weights": {"de": float("inf")}}, "weights.de: .*finite"),
+    ],
+)
+def test_sampling_that_makes_no_sense_is_refused(tree, message):
+    with pytest.raises(UserError, match=message):
+        config.parse(tree, SamplingSettings, source="conf.yaml")

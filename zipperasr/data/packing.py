@@ -15,14 +15,15 @@ import dataclasses
 import gc
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import islice
+from functools import cached_property, lru_cache
+from itertools import accumulate, chain, count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from zipperasr import prompts
 from zipperasr.config import Settings
@@ -41,10 +42,13 @@ MAX_OPEN_ROWS = 32
 
 
 class RowsPerBatch(Settings):
-    """Rows of one micro-batch on one GPU, by the encoder's context (section V-A, arXiv:2603.17558)."""
+    """Rows of one micro-batch on one GPU, by the encoder's context (section V-A, arXiv:2603.17558).
 
-    full: PositiveInt = 10
-    chunked: PositiveInt = 16
+    `auto` is as many as fit into memory when a run begins: quick, but what is learnt then depends on the GPU.
+    """
+
+    full: PositiveInt | Literal["auto"] = 10
+    chunked: PositiveInt | Literal["auto"] = 16
 
 
 class PackingSettings(Settings):
@@ -56,6 +60,56 @@ class PackingSettings(Settings):
     lookahead: NonNegativeInt = 0
     """Of so many utterances that are to come, the one that fills a row best is taken to end it. Rows of a few long
     utterances need it: with 64, those of 10 to 20 s fill 98% of 2048 tokens. 0 is first-fit."""
+
+
+class SamplingSettings(Settings):
+    """How often each language is trained on. By default each as often as there is data of it, which is the paper's way.
+
+    An epoch has as many rows as there are, whatever the shares: of one language some rows come several times in it,
+    of another not all.
+    """
+
+    temperature: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """A language of n rows gets a share in proportion to n^(1 / temperature): 1 is natural, 1000 nearly even."""
+    weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    """Shares of the rows by language, in any unit, in place of a temperature; every language must be named."""
+
+    @model_validator(mode="after")
+    def _only_one(self) -> SamplingSettings:
+        if self.weights is not None and self.temperature != 1:
+            raise ValueError("temperature and weights exclude each other; leave one of them out")
+        return self
+
+    @property
+    def is_natural(self) -> bool:
+        """Whether every row comes exactly once an epoch."""
+        return self.weights is None and self.temperature == 1
+
+    def quotas(self, num_rows: Mapping[str, int]) -> dict[str, int]:
+        """The rows of an epoch by language, as many in all as there are: largest remainders, at least one each.
+
+        Raises UserError naming the languages that have no weight, and those that have one but no data.
+        """
+        langs, total = sorted(num_rows), sum(num_rows.values())
+        weights = self.weights
+        if weights is None:
+            weights = {lang: num_rows[lang] ** (1 / self.temperature) for lang in langs}
+        if lacking := ", ".join(sorted(num_rows.keys() - weights.keys())):
+            raise UserError(f"sampling.weights: none for {lacking}, which the training data has; add one for each")
+        if unknown := ", ".join(sorted(weights.keys() - num_rows.keys())):
+            raise UserError(f"sampling.weights: no training data for {unknown}; take out what is not trained on")
+        exact = {lang: total * weights[lang] / sum(weights.values()) for lang in langs}
+        quotas = {lang: int(exact[lang]) for lang in langs}
+        for lang in sorted(langs, key=lambda lang: quotas[lang] - exact[lang])[: total - sum(quotas.values())]:
+            quotas[lang] += 1
+        for lang in langs:
+            if not quotas[lang]:
+                quotas[max(langs, key=quotas.__getitem__)] -= 1
+                quotas[lang] = 1
+        return quotas
+
+
+NATURAL = SamplingSettings()
 
 
 def num_speech_tokens(num_frames: int) -> int:
@@ -79,9 +133,9 @@ class Example:
 
 @dataclass
 class Batch:
-    """One micro-batch. Utterances are sorted by language, then row: each language is one contiguous run.
+    """One micro-batch. Utterances are sorted by language: each language is one contiguous run.
 
-    `features` holds [F_u, bins] per utterance, `targets` end with end-of-text, `rows` is each utterance's packed row.
+    `features` holds [F_u, bins] per utterance, `targets` end with end-of-text.
     A batch without utterances is a filler, for a rank that has no row left in the last step of an epoch.
     """
 
@@ -90,8 +144,6 @@ class Batch:
     features: list[Tensor]
     prompts: list[list[int]]
     targets: list[list[int]]
-    rows: list[int]
-    num_rows: int
 
     @property
     def num_target_tokens(self) -> int:
@@ -134,18 +186,17 @@ def _split(flat: Tensor, lengths: list[int]) -> list[Tensor]:
     return list(flat.split(lengths)) if lengths else []
 
 
-def make_batch(rows: Sequence[Sequence[Example]]) -> Batch:
-    """The micro-batch of some packed rows (each of one language); reads or computes the features."""
-    rows = sorted(rows, key=lambda row: row[0].utterance.lang)
-    flat = [(number, example) for number, row in enumerate(rows) for example in row]
+def make_batch(
+    rows: Sequence[Sequence[Example]], features: Callable[[Utterance], Tensor] = Utterance.features
+) -> Batch:
+    """The micro-batch of some packed rows (each of one language), with the features that are read or computed."""
+    examples = list(chain.from_iterable(sorted(rows, key=lambda row: row[0].utterance.lang)))
     return Batch(
-        ids=[x.utterance.id for _, x in flat],
-        langs=[x.utterance.lang for _, x in flat],
-        features=[x.utterance.features() for _, x in flat],
-        prompts=[x.prompt for _, x in flat],
-        targets=[x.target.tolist() for _, x in flat],
-        rows=[number for number, _ in flat],
-        num_rows=len(rows),
+        ids=[x.utterance.id for x in examples],
+        langs=[x.utterance.lang for x in examples],
+        features=[features(x.utterance) for x in examples],
+        prompts=[x.prompt for x in examples],
+        targets=[x.target.tolist() for x in examples],
     )
 
 
@@ -260,26 +311,49 @@ def _pack_first_fit(order: list[int], lengths: list[int], langs: list[str], max_
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained on at each step of each epoch: every utterance exactly once an epoch.
+    """What is trained on at each step of each epoch: with natural sampling, every utterance exactly once an epoch.
 
     Utterances are packed into rows once; each epoch shuffles the rows over all languages, cuts them into steps of
     `rows_per_batch` * `num_slots` rows, and deals a step's rows to the slots in turn, so that the last, partial step is
     spread evenly. One slot of 2 n rows and two slots of n rows therefore train on the same rows at each step.
+
+    With other sampling the epochs of a language take their quotas of rows, one after another, from an endless sequence
+    of shuffled passes over its rows: none comes again, at whatever step, before all others have come as often.
     """
 
     rows: list[list[int]]
     rows_per_batch: int
     num_slots: int
     seed: int
+    langs: Sequence[str] = ()
+    """Of each row; natural sampling needs none."""
+    sampling: SamplingSettings = NATURAL
+
+    def __post_init__(self) -> None:
+        assert len(self.langs) == len(self.rows) or (self.sampling.is_natural and not self.langs)
+        _ = self.quotas  # raises UserError before anything is trained
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch, the same on every rank."""
         return -(-len(self.rows) // (self.rows_per_batch * self.num_slots))
 
+    @cached_property
+    def quotas(self) -> dict[str, int]:
+        """Rows of an epoch by language."""
+        return self._num_rows if self.sampling.is_natural else self.sampling.quotas(self._num_rows)
+
+    @property
+    def passes_per_epoch(self) -> dict[str, float]:
+        """How often the data of each language is gone through in an epoch."""
+        return {lang: quota / self._num_rows[lang] for lang, quota in self.quotas.items()}
+
     def order(self, epoch: int) -> list[int]:
         """The rows in the order of an epoch."""
-        return _shuffled(len(self.rows), f"epoch {self.seed} {epoch}")
+        if self.sampling.is_natural:
+            return _shuffled(len(self.rows), f"epoch {self.seed} {epoch}")
+        counts = tuple((lang, self._num_rows[lang], quota) for lang, quota in self.quotas.items())
+        return list(map(self._by_lang.__getitem__, _sampled(counts, self.seed, epoch)))
 
     def slot_rows(self, step: int, slot: int) -> list[list[int]]:
         """The rows of a micro-batch; none for a filler. `step` counts from 0 over all epochs."""
@@ -287,9 +361,44 @@ class Plan:
         size = self.rows_per_batch * self.num_slots
         return [self.rows[row] for row in self.order(epoch)[at * size : (at + 1) * size][slot :: self.num_slots]]
 
+    @cached_property
+    def _num_rows(self) -> dict[str, int]:
+        return dict(sorted(Counter(self.langs).items()))
+
+    @cached_property
+    def _by_lang(self) -> list[int]:
+        """The rows in the order of their languages."""
+        return sorted(range(len(self.rows)), key=self.langs.__getitem__)
+
 
 @lru_cache(maxsize=2)
 def _shuffled(count: int, seed: str) -> list[int]:
-    order = list(range(count))
+    return _shuffle(range(count), seed)
+
+
+@lru_cache(maxsize=2)
+def _sampled(counts: tuple[tuple[str, int, int], ...], seed: int, epoch: int) -> list[int]:
+    """The order of an epoch by (language, number of its rows, quota); rows are numbered in the order of languages.
+
+    What is shuffled is whose turn it is, so that the rows of a language keep the order of its passes.
+    """
+    starts = accumulate((num_rows for _, num_rows, _ in counts), initial=0)
+    rows = [
+        _from_passes(range(start, start + num_rows), quota, f"pass {seed} {lang}", epoch)
+        for start, (lang, num_rows, quota) in zip(starts, counts, strict=False)
+    ]
+    turns = chain.from_iterable([i] * quota for i, (_, _, quota) in enumerate(counts))
+    return [next(rows[turn]) for turn in _shuffle(turns, f"epoch {seed} {epoch}")]
+
+
+def _from_passes(rows: range, quota: int, seed: str, epoch: int) -> Iterator[int]:
+    """What an epoch takes, after those before it, of the endless shuffled passes over the rows of a language."""
+    first, skip = divmod(epoch * quota, len(rows))
+    passes = chain.from_iterable(_shuffle(rows, f"{seed} {number}") for number in count(first))
+    return islice(passes, skip, skip + quota)
+
+
+def _shuffle(items: Iterable[int], seed: str) -> list[int]:
+    order = list(items)
     random.Random(seed).shuffle(order)
     return order

@@ -5,7 +5,6 @@ T encoder frames (50 Hz) of all segments, D width. Modules and weights are opena
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +14,10 @@ from whisper.model import AudioEncoder, ResidualAttentionBlock
 from zipperasr.adapters.base import AdaptedLinear
 from zipperasr.adapters.batch import Runs, language_runs
 from zipperasr.errors import UserError
+from zipperasr.model.attention import Layout, attend, ranges
+from zipperasr.model.recompute import recomputed
 
 FRAMES_PER_S = 100
-MAX_PADDING = 1.15  # padded over true frames in one bucket of CPU attention
 ADAPTED = ("attn.query", "attn.key", "attn.value", "attn.out", "mlp.0", "mlp.2")  # all linear layers
 
 
@@ -31,6 +31,7 @@ class SpeechEncoder(nn.Module):
         self.register_buffer("positional_embedding", encoder.positional_embedding, persistent=False)
         self.max_frames = 2 * len(encoder.positional_embedding)
         self.pad_to_30s = pad_to_30s
+        self.recomputed: frozenset[int] = frozenset()  # blocks that the backward pass runs again
 
     @property
     def width(self) -> int:
@@ -59,8 +60,8 @@ class SpeechEncoder(nn.Module):
             padded = [len(utterance) * self.max_frames // 2 for utterance in pieces]
             is_real = layout.positions < _repeat(true_lengths, layout.lengths).to(x.device)
         runs = language_runs(langs, padded, is_real)
-        for block in self.blocks:
-            x = _block(block, x, layout, runs)
+        for i, block in enumerate(self.blocks):
+            x = recomputed(_block, block, x, layout, runs) if i in self.recomputed else _block(block, x, layout, runs)
         x = _layer_norm(x, self.ln_post)
         return x if is_real is None else x[is_real], lengths
 
@@ -86,72 +87,12 @@ class SpeechEncoder(nn.Module):
         slots = [n // 2 * 2 + 2 for n in num_frames]
         x = torch.cat([F.pad(s, (0, 0, 0, slot - len(s))) for s, slot in zip(segments, slots, strict=True)])
         x = x.to(self.conv1.weight).T.unsqueeze(0)  # [1, bins, sum of slots]
-        is_frame = _ranges(slots) < _repeat(num_frames, slots)
+        is_frame = ranges(slots) < _repeat(num_frames, slots)
         x = F.gelu(self.conv1(x)) * is_frame.to(x)
         x = F.gelu(self.conv2(x))[0].T  # [sum of slots / 2, D]
         halves = [slot // 2 for slot in slots]
-        keep = (_ranges(halves) < _repeat([_half(n) for n in num_frames], halves)).nonzero()[:, 0]
+        keep = (ranges(halves) < _repeat([_half(n) for n in num_frames], halves)).nonzero()[:, 0]
         return x[keep.to(x.device)]
-
-
-class Layout:
-    """Where each segment lies on the flat time axis; made once per forward pass."""
-
-    def __init__(self, lengths: list[int], device: torch.device):
-        self.lengths, self.device = lengths, device
-        self.positions = _ranges(lengths).to(device)  # [T], restarting at each segment
-        self.offsets = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)  # [N + 1]
-
-    @cached_property
-    def buckets(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Segments of similar lengths: index [n, T_max] into the flat axis and key mask [n, 1, 1, T_max].
-
-        The mask is None where all are equally long. Padding repeats a segment's own last frame, never a neighbour's.
-        """
-        ordered = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
-        buckets: list[list[int]] = []
-        total = 0
-        for i in ordered:
-            total += self.lengths[i]
-            if not buckets or self.lengths[i] * (len(buckets[-1]) + 1) > MAX_PADDING * total:
-                buckets.append([])
-                total = self.lengths[i]
-            buckets[-1].append(i)
-        return [self._bucket(torch.tensor(bucket, device=self.device)) for bucket in buckets]
-
-    def _bucket(self, segments: Tensor) -> tuple[Tensor, Tensor | None]:
-        starts, stops = self.offsets[segments, None].long(), self.offsets[segments + 1, None].long()
-        index = starts + torch.arange(int((stops - starts).max()), device=self.device)
-        is_frame = index < stops
-        return torch.minimum(index, stops - 1), None if is_frame.all() else is_frame[:, None, None]
-
-    @cached_property
-    def unbucket(self) -> Tensor:
-        """[T]: where each frame lies among the padded frames of all buckets, end to end."""
-        where = torch.empty(sum(self.lengths), dtype=torch.long, device=self.device)
-        offset = 0
-        for index, mask in self.buckets:
-            is_frame = torch.ones_like(index, dtype=torch.bool) if mask is None else mask[:, 0, 0]
-            where[index[is_frame]] = offset + is_frame.flatten().nonzero()[:, 0]
-            offset += index.numel()
-        return where
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Attention within each segment: q, k, v [T, heads, D / heads] -> the same shape.
-
-    On a GPU in half precision this is one variable-length kernel, elsewhere one padded call per bucket.
-    """
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        from torch.nn.attention.varlen import varlen_attn
-
-        longest = max(layout.lengths)
-        return varlen_attn(q, k, v, layout.offsets, layout.offsets, longest, longest)
-    padded = []
-    for index, mask in layout.buckets:
-        y = F.scaled_dot_product_attention(*(t[index].transpose(1, 2) for t in (q, k, v)), attn_mask=mask)
-        padded.append(y.transpose(1, 2).flatten(0, 1))  # [n * T_max, heads, D / heads]
-    return torch.cat(padded)[layout.unbucket]
 
 
 def _block(block: ResidualAttentionBlock, x: Tensor, layout: Layout, runs: Runs) -> Tensor:
@@ -179,10 +120,6 @@ def _silence(features: Tensor) -> float:
 
 def _half(num_frames: int) -> int:
     return (num_frames + 1) // 2
-
-
-def _ranges(lengths: Sequence[int]) -> Tensor:
-    return torch.cat([torch.arange(n) for n in lengths])
 
 
 def _repeat(values: Sequence[int], counts: Sequence[int]) -> Tensor:

@@ -1,81 +1,51 @@
-"""The decoder-only LLM: loading, standard LoRA, packed rows and the loss on target tokens.
+"""The decoder-only LLM on packed utterances, and the loss on target tokens.
 
-Legend: U utterances, S tokens of a row, H width, P target tokens of a batch.
+All utterances of a batch lie end to end in one row without padding, and each attends to itself alone.
+Legend: T tokens of all utterances, H width, P target tokens of a batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from zipperasr.adapters import AdapterSettings, adapt
-from zipperasr.errors import UserError
-from zipperasr.model import LLMSettings
+from zipperasr.model.attention import Layout, attend
+from zipperasr.model.recompute import recomputed
 
-ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all linear layers
+ATTENTION = "zipperasr"
+"""The name by which transformers knows the attention below."""
 MAX_LOGITS = 2**26  # logits held at a time: 256 MiB in fp32
 
 
-def load_llm(settings: LLMSettings) -> PreTrainedModel:
-    """The LLM in fp32 with a fresh LoRA on all its linear layers. Raises UserError when there is no such model."""
-    disable_progress_bar()  # a bar for a second's work, in every process and every log
-    try:
-        llm = AutoModelForCausalLM.from_pretrained(
-            settings.pretrained,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"LLM '{settings.pretrained}': {str(error).splitlines()[0]}; check model.llm.pretrained"
-        ) from error
-    adapt(llm, ADAPTED, AdapterSettings(method="vanilla", **settings.lora.model_dump()))
-    return llm
+def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more
+) -> tuple[Tensor, None]:
+    """Within the utterances of `layout` if there is one, in transformers' form: [1, heads, T, C] -> [1, T, heads, C].
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Where the utterances of a batch lie in its rows."""
-
-    index: Tensor  # [num_rows, S] into the utterances' tokens laid end to end; their number where a row is padded
-    position_ids: Tensor  # [num_rows, S], restarting at each utterance; 0 on padding, where each token stands alone
-    starts: list[int]  # [U] first token of each utterance, counted over all rows' S tokens
-
-
-def lay_out(lengths: Sequence[int], rows: Sequence[int], num_rows: int) -> Rows:
-    """Put utterances of `lengths` tokens into their `rows`, one after another."""
-    ends, starts = [0] * num_rows, []
-    for length, row in zip(lengths, rows, strict=True):
-        starts.append((row, ends[row]))
-        ends[row] += length
-    index = torch.full((num_rows, max(ends)), sum(lengths))
-    position_ids = torch.zeros_like(index)
-    offset = 0
-    for length, (row, start) in zip(lengths, starts, strict=True):
-        index[row, start : start + length] = torch.arange(offset, offset + length)
-        position_ids[row, start : start + length] = torch.arange(length)
-        offset += length
-    return Rows(index, position_ids, [row * max(ends) + start for row, start in starts])
-
-
-def packed_hidden_states(llm: PreTrainedModel, inputs: Sequence[Tensor], layout: Rows) -> Tensor:
-    """Last hidden states [num_rows * S, H] of utterances' embeddings [S_u, H], each attending to itself alone.
-
-    transformers makes the block-diagonal mask from the restarting positions only if there is neither a mask nor a
-    cache; otherwise utterances of a row silently see each other.
+    Otherwise it is transformers' own for sdpa, as in decoding.
     """
-    flat = F.pad(torch.cat(list(inputs)), (0, 0, 0, 1))  # a row of zeros at the end is the padding
-    x = flat[layout.index.to(flat.device)]  # [num_rows, S, H]
-    positions = layout.position_ids.to(flat.device)
-    return llm.model(inputs_embeds=x, position_ids=positions, attention_mask=None, use_cache=False)[0].flatten(0, 1)
+    layout = more.pop("layout", None)
+    if layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    return attend(q, k, v, layout, is_causal=True, scale=more.get("scaling")).unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION, attention_forward)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def packed_hidden_states(llm: PreTrainedModel, inputs: Sequence[Tensor]) -> Tensor:
+    """Last hidden states [T, H] of utterances' embeddings [T_u, H], each with positions from 0, as if it were alone."""
+    x = torch.cat(list(inputs))
+    layout = Layout([len(utterance) for utterance in inputs], x.device)
+    no_mask = x.new_empty(1, 1, 1, 1)  # of four dimensions, so that transformers takes it for one made already
+    where = {"position_ids": layout.positions[None], "attention_mask": no_mask, "layout": layout}
+    return llm.model(inputs_embeds=x[None], use_cache=False, **where)[0][0]
 
 
 def token_losses(lm_head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -92,4 +62,4 @@ def token_losses(lm_head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     if len(targets) <= size:
         return losses(hidden, targets)
     chunks = zip(hidden.split(size), targets.split(size), strict=True)
-    return torch.cat([checkpoint(losses, h, t, use_reentrant=False) for h, t in chunks])
+    return torch.cat([recomputed(losses, h, t) for h, t in chunks])

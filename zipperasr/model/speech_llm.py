@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from zipperasr.adapters import adapted_layers, adapter_state
 from zipperasr.model.encoder import SpeechEncoder
-from zipperasr.model.llm import lay_out, packed_hidden_states, token_losses
+from zipperasr.model.llm import packed_hidden_states, token_losses
 from zipperasr.model.projector import Projector
 from zipperasr.prompts import Tokenizer
 
@@ -26,8 +26,6 @@ class Batch(Protocol):
     langs: list[str]  # utterances of one language are neighbours
     prompts: list[list[int]]
     targets: list[list[int]]  # transcript and end-of-text
-    rows: list[int]  # packed row of each utterance
-    num_rows: int
 
 
 class LossOutput(NamedTuple):
@@ -80,12 +78,11 @@ class SpeechLLM(nn.Module):
         """The loss on each utterance's targets, as sums over tokens. Independent of packing and neighbours."""
         speech = self.speech_embeddings(batch.features, batch.langs, chunk_s)
         inputs = self.decoder_inputs(batch.prompts, speech, batch.targets)
-        layout = lay_out([len(x) for x in inputs], batch.rows, batch.num_rows)
-        hidden = packed_hidden_states(self.llm, inputs, layout)
+        hidden = packed_hidden_states(self.llm, inputs)  # [T, H]
 
         num_targets = [len(ids) for ids in batch.targets]
-        first = [start + len(x) - n - 1 for start, x, n in zip(layout.starts, inputs, num_targets, strict=True)]
-        predicting = torch.cat([torch.arange(f, f + n) for f, n in zip(first, num_targets, strict=True)])
+        ends = itertools.accumulate(map(len, inputs))
+        predicting = torch.cat([torch.arange(end - n - 1, end - 1) for end, n in zip(ends, num_targets, strict=True)])
         targets = torch.tensor(list(itertools.chain.from_iterable(batch.targets)), device=hidden.device)
         losses = token_losses(self.llm.lm_head, hidden[predicting.to(hidden.device)], targets)  # [P]
 
