@@ -27,7 +27,7 @@ from zipperasr.model import checkpoints_by_step
 from zipperasr.model.checkpoint import load_run
 from zipperasr.training import runs
 from zipperasr.training.add_language import build_with_language
-from zipperasr.training.engine import ALONE
+from zipperasr.training.process import ALONE
 
 BASES = {
     "zipper_soft": [],

@@ -3,8 +3,11 @@
 import math
 import pickle
 import random
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,6 +176,24 @@ def test_a_batch_survives_the_way_from_a_worker(count):
     assert (copy.ids, copy.langs, copy.targets) == (batch.ids, batch.langs, batch.targets)
     assert all(type(ids) is list for ids in batch.targets)
     assert all(torch.equal(a, b) for a, b in zip(copy.features, batch.features, strict=True))
+
+
+LEFT_OPEN = """
+import sys
+import test_packing
+from zipperasr.data.loader import load_batches
+examples = test_packing.make_examples()
+one_rank = {"rank": 0, "num_ranks": 1, "num_workers": 2}
+sys.left_open = iter(load_batches(examples, test_packing.make_plan(examples), steps=range(2), **one_rank))
+next(sys.left_open)
+raise ValueError("what went wrong")
+"""
+
+
+def test_workers_that_an_exception_has_left_open_end_with_their_process():
+    command = [sys.executable, "-c", LEFT_OPEN]
+    done = subprocess.run(command, cwd=Path(__file__).parent, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.endswith("ValueError: what went wrong\n")
 
 
 def test_an_utterance_longer_than_a_row_is_an_error_that_names_it():

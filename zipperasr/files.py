@@ -13,18 +13,25 @@ from typing import IO
 
 from zipperasr.errors import UserError
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 @contextlib.contextmanager
 def writing(path: Path | str) -> Iterator[None]:
     """Raises UserError when the block fails because the disk is full, or `path` cannot be written."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if is_disk_full(error):
             raise UserError(f"{path}: the disk is full; free some space and run the same command again") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"{path}: cannot be written ({error.strerror}); mend its permissions") from error
         raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether that is what an exception says, be it only in words, as those of safetensors do."""
+    return getattr(error, "errno", None) in DISK_FULL or os.strerror(errno.ENOSPC) in str(error)
 
 
 @contextlib.contextmanager
@@ -53,6 +60,12 @@ def write(path: Path | str, mode: str = "w") -> Iterator[IO]:
     with beside(path) as temporary, open(temporary, mode, **text) as stream:
         yield stream
         stream.flush()
+        os.fsync(stream.fileno())
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold what has been written to `path`."""
+    with open(path, "rb") as stream:
         os.fsync(stream.fileno())
 
 

@@ -182,6 +182,16 @@ def language_parameters(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {lang: list(parameters.values()) for lang, parameters in found.items()}
 
 
+def specific_shares(module: nn.Module) -> dict[str, float]:
+    """The mean share over all layers of ranks that are a language's own, by language; {} where nothing is routed."""
+    shares: dict[str, list[float]] = {}
+    for layer in adapted_layers(module).values():
+        for lang in layer.by_lang():
+            if (share := layer.specific_share(lang)) is not None:
+                shares.setdefault(lang, []).append(share.float().mean().item())
+    return {lang: sum(values) / len(values) for lang, values in shares.items()}
+
+
 def balance(module: nn.Module, sum_over_ranks: Callable[[Tensor], Any] = lambda load: None) -> None:
     """After each optimizer step: let FlyLoRA balance its ranks; other methods have nothing to do.
 

@@ -5,16 +5,17 @@ Only the module of the verb in use is imported, and it imports torch and the lik
 
 import argparse
 import difflib
-import errno
 import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
 
+from zipperasr import files
 from zipperasr.errors import UserError
 
 VERBS = {
     "check-config": "check a configuration and print it whole",
+    "doctor": "look at machine, data, disk, memory and time before anything is run",
     "show": "print what a configuration names: corpora, sets, methods, pretrained models",
     "validate": "check manifests and say every defect with its utterance id",
     "lists": "write the fixed utterance lists of every setting",
@@ -30,7 +31,6 @@ VERBS = {
     "to-kaldi": "write sets as Kaldi data directories, which ESPnet reads too",
     "bench": "time this code beside what it is compared with",
 }
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has left
         return 1
     except Exception as error:
-        if not any(_is_disk_full(cause) for cause in _causes(error)):
+        if not any(files.is_disk_full(cause) for cause in _causes(error)):
             raise
         return _fail(f"the disk is full ({error}); free some space and run the same command again")
 
@@ -74,11 +74,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    """Also for libraries that only say so in words."""
-    return getattr(error, "errno", None) in DISK_FULL or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _fail(message: str, *, status: int = 1) -> int:

@@ -1,5 +1,7 @@
 """The micro-batches of one rank, read by worker processes in the order of the plan."""
 
+import multiprocessing
+import multiprocessing.util
 import signal
 from collections.abc import Sequence
 
@@ -40,6 +42,7 @@ def load_batches(
     """
     if num_workers and examples:
         examples[0].utterance.features()  # the workers, which fork, then have all imported that reading takes
+        multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
     order = [(step, slot) for step in steps for slot in range(rank, plan.num_slots, num_ranks)]
     return DataLoader(
         MicroBatches(examples, plan, spec_augment),
@@ -49,6 +52,14 @@ def load_batches(
         multiprocessing_context="fork" if num_workers else None,  # they share millions of examples
         worker_init_fn=_ignore_signals,
     )
+
+
+def _end_workers() -> None:
+    """At the end of this process: workers that an exception has left open ignore SIGTERM, and would be waited for."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for a failure
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 def _ignore_signals(worker: int) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain, count, islice
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -187,7 +188,7 @@ def _split(flat: Tensor, lengths: list[int]) -> list[Tensor]:
 
 
 def make_batch(
-    rows: Sequence[Sequence[Example]], features: Callable[[Utterance], Tensor] = Utterance.features
+    rows: Sequence[Sequence[Example]], features: Callable[[Utterance], Tensor] = methodcaller("features")
 ) -> Batch:
     """The micro-batch of some packed rows (each of one language), with the features that are read or computed."""
     examples = list(chain.from_iterable(sorted(rows, key=lambda row: row[0].utterance.lang)))

@@ -22,6 +22,7 @@ from zipperasr.decoding import DecodingSettings
 from zipperasr.decoding.generate import Hypothesis, transcribe
 from zipperasr.decoding.job import Job
 from zipperasr.errors import UserError
+from zipperasr.model import EncoderSettings
 from zipperasr.model.checkpoint import load_run
 from zipperasr.model.speech_llm import SpeechLLM
 
@@ -61,6 +62,11 @@ def decode_share(job: Job, utterances: Sequence[Utterance], share: int, num_shar
 def max_tokens(utterance: Utterance, settings: DecodingSettings) -> int:
     """The cap on an utterance's tokens: from its duration, never from its neighbours."""
     return max(settings.min_max_tokens, math.ceil(settings.max_tokens_per_s * utterance.duration_s))
+
+
+def segment_s(model: SpeechLLM, settings: EncoderSettings) -> float:
+    """The longest segment that the encoder gets: a chunk, or its whole window."""
+    return settings.decode_chunk_s if settings.context == "chunked" else model.encoder.max_frames / 100
 
 
 def batches(
@@ -104,21 +110,20 @@ def _features(utterance: Utterance) -> Tensor | None:
 
 def _transcribe(model: SpeechLLM, job: Job, batch: Batch) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """A record of each utterance, and the seconds that the encoder and the LLM took."""
-    settings, window_s = job.run.model.encoder, model.encoder.max_frames / 100
-    chunk_s = settings.decode_chunk_s if settings.context == "chunked" else window_s
+    settings = job.run.model.encoder
     readable = [u for u, features in batch if features is not None]
     features = [x.to(model.encoder.conv1.weight.device) for _, x in batch if x is not None]
     caps = [max_tokens(u, job.decoding) for u in readable]
     started = time.perf_counter()
     with torch.inference_mode():
-        speech = model.speech_embeddings(features, [job.lang] * len(features), chunk_s) if features else []
+        speech = model.speech_embeddings(features, [job.lang] * len(features), segment_s(model, settings)) if features else []
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     encoded = time.perf_counter()
     hypotheses = transcribe(model, speech, job.lang, caps, job.decoding) if features else []
     seconds = {"encoder_s": encoded - started, "generate_s": time.perf_counter() - encoded}
     hypothesis_of = dict(zip((u.id for u in readable), hypotheses, strict=True))
-    max_s = window_s if settings.context == "full" else math.inf
+    max_s = segment_s(model, settings) if settings.context == "full" else math.inf
     return [_record(u, hypothesis_of.get(u.id), is_split=u.duration_s > max_s) for u, _ in batch], seconds
 
 

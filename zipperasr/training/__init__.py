@@ -5,8 +5,10 @@ from typing import Annotated
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from zipperasr.config import Settings
+from zipperasr.data.packing import SamplingSettings
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class StageSettings(Settings):
@@ -14,11 +16,18 @@ class StageSettings(Settings):
 
     setting: str
     """The setting of the utterance lists: trained on its `train` lists, watched on its `dev` lists."""
+    sampling: SamplingSettings = SamplingSettings()
+    """How often each language is trained on."""
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = None
     """Steps in place of `epochs`."""
     accumulation: PositiveInt = 1
-    """Micro-batches of `data.packing.rows_per_batch` rows that each GPU adds up for one step."""
+    """Micro-batches of `data.packing.rows_per_batch` rows that each GPU adds up for one step. A run that goes on with
+    another number of GPUs shares the same micro-batches among them."""
+    recompute_encoder: Share = 0.0
+    """Share of the encoder's blocks whose activations are not kept but made again in the backward pass."""
+    recompute_llm: Share = 0.0
+    """The same of the LLM's blocks."""
     lr: PositiveFloat = 2e-5
     lr_scale: dict[str, NonNegativeFloat] = {}
     """Factor on `lr` for the parameters whose name begins so, as in `{projector: 10}`; the longest prefix counts."""
@@ -34,12 +43,19 @@ class StageSettings(Settings):
     """Steps between updates of TensorBoard and the progress bar; log.jsonl has every step."""
     dev_every: PositiveInt | None = None
     """Steps between passes over the dev lists; there is always one at the end."""
+    dev_utts: NonNegativeInt = 16
+    """Utterances of each language, the first of its dev lists, that such a pass transcribes for an error rate."""
     save_every: PositiveInt = 500
     keep_last: PositiveInt = 2
-    """Checkpoints whose weights are kept; only the newest keeps the engine's state, for resuming."""
+    """Checkpoints whose weights are kept; only the newest keeps the optimizer's state, for resuming."""
+    keep_best: NonNegativeInt = 0
+    """Beside those, as many with the lowest dev error rate (dev loss where nothing is transcribed); every pass over the
+    dev lists then saves one."""
 
 
-UNBOUND = frozenset({"num_workers", "log_every", "dev_every", "save_every", "keep_last"})
+UNBOUND = frozenset(
+    "recompute_encoder recompute_llm num_workers log_every dev_every dev_utts save_every keep_last keep_best".split()
+)
 """Settings that do not change what is learnt, so a run may be resumed with other values."""
 
 

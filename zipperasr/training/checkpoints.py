@@ -1,8 +1,8 @@
 """Checkpoints of a run: `checkpoints/step-N/` is whole or absent, whenever the run is killed.
 
-- trainable.safetensors: the weights that are trained, for everybody
+- trainable.safetensors: the weights that are trained, in fp32, for everybody
+- optimizer.safetensors: AdamW's moments of each, for resuming with any number of ranks; only the newest keeps it
 - state.json: where the run stands
-- engine/: DeepSpeed's state, for resuming; only the newest checkpoint keeps it
 """
 
 from __future__ import annotations
@@ -10,86 +10,114 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zipperasr import files
 from zipperasr.errors import UserError
-from zipperasr.model import checkpoints_by_step
+from zipperasr.model import WEIGHTS, checkpoints_by_step
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
+    from torch import Tensor
 
-ENGINE = "engine"
-FULL = 1 << 20
-"""A disk with fewer bytes left is full."""
+OPTIMIZER = "optimizer.safetensors"
 
 
 @dataclass
 class State:
     """Where a run stands after `step` steps; data, schedule and random draws all follow from the step."""
 
-    num_ranks: int
+    num_slots: int
+    """Micro-batches of a step, over all ranks."""
+    rows_per_batch: int
+    """Rows of a micro-batch."""
     step: int = 0
     mean_loss: float | None = None
     """Running mean over steps, in nats a token."""
+    lowest_mean: float | None = None
     audio_s: float = 0.0
     wall_s: float = 0.0
+    optimizer_steps: list[int] = field(default_factory=list)
+    """Of each parameter group: one whose language was absent has taken fewer."""
+    dev: float | None = None
+    """What `keep_best` goes by, if the dev lists were passed at this step."""
 
 
-def save(engine: DeepSpeedEngine, state: State, *, run_dir: Path, keep_last: int) -> None:
-    """Write the checkpoint of `state.step` beside and rename it; then drop what older ones need no longer.
+def newest(run_dir: Path) -> State | None:
+    """Where the checkpoint stands that the run would go on from; None without one."""
+    path = _resumable(run_dir)
+    return State(**files.read_json(path / "state.json")) if path else None
 
-    Every rank calls this: each writes its own part of the engine's state. Raises UserError when the disk is full.
+
+@contextlib.contextmanager
+def reading(run_dir: Path) -> Iterator[Callable[[str, str], Tensor]]:
+    """Within the block, a function that reads a tensor of that checkpoint by its file and its name.
+
+    Raises UserError when a file is broken.
     """
-    from torch import distributed
+    from safetensors import SafetensorError, safe_open
 
-    from zipperasr.model.checkpoint import save_trainable
-
-    path = run_dir / "checkpoints" / f"step-{state.step}"
-    temporary, is_first = path.with_name(f".tmp-{path.name}"), engine.global_rank == 0
+    path = _resumable(run_dir)
     try:
-        engine.save_checkpoint(temporary, tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
-        distributed.barrier()
-        if is_first:
-            for script in temporary.glob("zero_to_*.py"):  # DeepSpeed's converters: the weights are plain already
-                script.unlink()
-            save_trainable(engine.module, temporary)
-            files.write_json(temporary / "state.json", asdict(state))
-            _remove(path)
-            os.replace(temporary, path)
-    except RuntimeError as error:  # torch's writer does not say why it failed
-        if shutil.disk_usage(run_dir).free < FULL:
-            raise UserError(f"{path}: the disk is full; free some space and run the same command again") from error
-        raise
-    finally:
-        if is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
-    if is_first:
-        older = list(checkpoints_by_step(run_dir).values())[:-1]
-        for checkpoint in older:
-            _remove(checkpoint / ENGINE)
-        for checkpoint in older[: len(older) + 1 - keep_last]:
-            _remove(checkpoint)
+        with safe_open(path / WEIGHTS, "pt") as weights, safe_open(path / OPTIMIZER, "pt") as optimizer:
+            stored = {WEIGHTS: weights, OPTIMIZER: optimizer}
+            yield lambda file, name: stored[file].get_tensor(name)
+    except SafetensorError as error:
+        raise UserError(f"{path}: broken ({error}); delete it and run again, from the checkpoint before it") from error
 
 
-def resume(engine: DeepSpeedEngine, *, run_dir: Path) -> State:
-    """Load the newest checkpoint that has the engine's state and return where it stands; a new State without one.
+class Writer:
+    """Writes checkpoints in a thread, one after another, while training goes on. Only rank 0 has one.
 
-    Raises UserError when the run began with another number of ranks, because they share the data differently.
+    Whoever calls `save` or `wait` gets the exception of the write before; UserError when the disk is full.
     """
-    path = next((path for path in reversed(checkpoints_by_step(run_dir).values()) if (path / ENGINE).is_dir()), None)
-    if path is None:
-        return State(num_ranks=engine.world_size)
-    state = State(**files.read_json(path / "state.json"))
-    if state.num_ranks != engine.world_size:
-        raise UserError(
-            f"{path}: saved by {state.num_ranks} ranks, resumed with {engine.world_size}; "
-            f"resume with {state.num_ranks}, or begin anew in another --exp-dir"
-        )
-    engine.load_checkpoint(path, tag=ENGINE, load_module_strict=False)
-    return state
+
+    def __init__(self, run_dir: Path, *, keep_last: int, keep_best: int):
+        self.run_dir, self.keep_last, self.keep_best = run_dir, keep_last, keep_best
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self.pending: Future | None = None
+
+    def save(self, state: State, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+        """Begin to write; the tensors, on the CPU, are the writer's from now on."""
+        self.wait()
+        self.pending = self.pool.submit(self._write, asdict(state), weights, optimizer)
+
+    def wait(self, *, only_if_done: bool = False) -> None:
+        """Return when nothing is being written any more; with `only_if_done`, at once."""
+        if self.pending and not (only_if_done and not self.pending.done()):
+            pending, self.pending = self.pending, None
+            pending.result()
+
+    def _write(self, state: dict, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        path = self.run_dir / "checkpoints" / f"step-{state['step']}"
+        temporary = path.with_name(f".tmp-{path.name}")
+        try:
+            with files.writing(path):
+                temporary.mkdir(parents=True, exist_ok=True)
+                for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
+                    save_file(tensors, temporary / name)
+                    files.flush(temporary / name)
+                files.write_json(temporary / "state.json", state)
+                _remove(path)
+                os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Drop what is needed no longer: checkpoints neither recent nor good, and the moments of all but the newest."""
+        *older, last = checkpoints_by_step(self.run_dir).values()
+        rated = [(files.read_json(path / "state.json")["dev"], path) for path in [*older, last]]
+        best = [path for _, path in sorted((dev, path) for dev, path in rated if dev is not None)[: self.keep_best]]
+        for position, path in enumerate(reversed(older), start=2):
+            (path / OPTIMIZER).unlink(missing_ok=True)
+            if position > self.keep_last and path not in best:
+                _remove(path)
 
 
 def clean(run_dir: Path) -> None:
@@ -98,10 +126,15 @@ def clean(run_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def drop_engine(run_dir: Path) -> None:
-    """Remove the engine's state of a finished run: its weights are all that is needed."""
+def finish(run_dir: Path) -> None:
+    """Remove the optimizer's state of a finished run: its weights are all that is needed."""
     for path in checkpoints_by_step(run_dir).values():
-        _remove(path / ENGINE)
+        (path / OPTIMIZER).unlink(missing_ok=True)
+
+
+def _resumable(run_dir: Path) -> Path | None:
+    paths = reversed(checkpoints_by_step(run_dir).values())
+    return next((path for path in paths if (path / OPTIMIZER).is_file()), None)
 
 
 def _remove(path: Path) -> None:

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zipperasr.adapters import language_parameters
 from zipperasr.errors import UserError
-from zipperasr.training import StageSettings
+from zipperasr.model import WEIGHTS
+from zipperasr.model.recompute import recompute
+from zipperasr.model.speech_llm import stage_tensors
+from zipperasr.training import StageSettings, checkpoints
+from zipperasr.training.process import prepare_process
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-"""The environment that torchrun would set, for one process; port 0 is whichever is free."""
 MAX_BUCKET = 100_000_000
 """Gradient elements that are reduced together."""
-
-
-def prepare_process() -> None:
-    """Choose this rank's device; to be called before anything imports DeepSpeed, as transformers does."""
-    for name, value in ALONE.items():
-        os.environ.setdefault(name, value)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:
-        os.environ["DS_ACCELERATOR"] = "cpu"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each parameter, under its own names."""
 
 
 def start(model: nn.Module, settings: StageSettings) -> DeepSpeedEngine:
@@ -45,6 +39,7 @@ def start(model: nn.Module, settings: StageSettings) -> DeepSpeedEngine:
     is_cuda = torch.cuda.is_available()
     if not is_cuda:  # else it compiles an operator that one machine's gloo does not need
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    recompute(model, encoder=settings.recompute_encoder, llm=settings.recompute_llm)
     groups = parameter_groups(model, settings)
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -55,12 +50,15 @@ def start(model: nn.Module, settings: StageSettings) -> DeepSpeedEngine:
             "reduce_bucket_size": min(MAX_BUCKET, sum(p.numel() for group in groups for p in group["params"])),
         },
     }
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    decay = settings.weight_decay
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=decay, fused=is_cuda)
     optimizer.register_step_pre_hook(_leave_alone)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     for group in optimizer.param_groups:  # a group may rest in the first step, and ZeRO links all groups' state there
         for p in group["params"]:
-            optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": p.data * 0, "exp_avg_sq": p.data * 0}
+            step = torch.zeros((), device=p.device)
+            optimizer.state[p] = {"step": step} | {name: torch.zeros_like(p.data) for name in MOMENTS}
+    engine.optimizer._lazy_init_hp_params_optimizer_state()  # else at the first step, and a resumed one comes too late
     return engine
 
 
@@ -107,6 +105,70 @@ def rest(engine: DeepSpeedEngine, langs: set[str]) -> None:
     """
     for group in engine.optimizer.param_groups:
         group["is_resting"] = group["lang"] in langs
+
+
+def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of what a checkpoint of `model` holds though it is not trained, such as the banks of other languages.
+
+    To be taken before the engine rounds the model to bf16.
+    """
+    stored = stage_tensors(model, model.stage)
+    return {name: t.detach().clone() for name, t in stored.items() if t.is_floating_point() and not t.requires_grad}
+
+
+def gather(engine: DeepSpeedEngine) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The trained weights in fp32 by name, and the moments by `<moment>.<name>`, whole, on rank 0's CPU.
+
+    Every rank calls this; the others get nothing.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    weights, moments = {}, {}
+    for name, parameter in _trained(engine):
+        whole = {name: safe_get_full_fp32_param(parameter)}
+        states = {f"{key}.{name}": safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        if engine.global_rank == 0:
+            weights |= {key: tensor.cpu() for key, tensor in whole.items()}
+            moments |= {key: tensor.cpu() for key, tensor in states.items()}
+    if engine.global_rank == 0:
+        weights |= {name: t.cpu().clone() for name, t in _untrained(engine)}
+    return weights, moments
+
+
+def restore(engine: DeepSpeedEngine, run_dir: Path, state: checkpoints.State) -> None:
+    """Fill the engine with the newest checkpoint, which `state` is of. Raises UserError when a file is broken."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    with checkpoints.reading(run_dir) as read:
+        for name, parameter in _trained(engine):
+            safe_set_full_fp32_param(parameter, read(WEIGHTS, name))
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, read(checkpoints.OPTIMIZER, f"{key}.{name}"), key)
+        for name, tensor in _untrained(engine):
+            tensor.data.copy_(read(WEIGHTS, name))
+    engine.optimizer.update_lp_params()
+    for steps, taken in zip(_steps(engine), state.optimizer_steps, strict=True):
+        steps.fill_(taken)
+
+
+def optimizer_steps(engine: DeepSpeedEngine) -> list[int]:
+    """How many steps each parameter group has taken."""
+    return [int(steps) for steps in _steps(engine)]
+
+
+def _steps(engine: DeepSpeedEngine) -> list[Tensor]:
+    optimizer = engine.optimizer.optimizer
+    return [optimizer.state[group["params"][0]]["step"] for group in optimizer.param_groups]
+
+
+def _trained(engine: DeepSpeedEngine) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+
+
+def _untrained(engine: DeepSpeedEngine) -> list[tuple[str, Tensor]]:
+    """What a checkpoint holds beside the trained weights."""
+    stored = stage_tensors(engine.module, engine.module.stage)
+    return [(name, t) for name, t in stored.items() if not t.requires_grad]
 
 
 def _leave_alone(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -10,7 +10,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -24,17 +24,24 @@ from zipperasr import adapters, files
 from zipperasr.data.augment import SpecAugmentSettings
 from zipperasr.data.loader import load_batches
 from zipperasr.data.packing import Batch, Example, PackingSettings, Plan, pack
+from zipperasr.data.utterances import Utterance
 from zipperasr.errors import UserError
 from zipperasr.model import EncoderSettings
-from zipperasr.training import StageSettings, checkpoints, runs
-from zipperasr.training.engine import learning_rate, rest, set_learning_rate, start
+from zipperasr.model.cost import Load, Shape, flops
+from zipperasr.model.speech_llm import SpeechLLM
+from zipperasr.training import StageSettings, checkpoints, engine, memory, runs
 from zipperasr.training.log import RunLog
 
 MEMORY = 0.98
 """Weight of the past in the running mean of the loss."""
 
+ALARM = 1.5
+"""The running mean of the loss over its lowest value, from which on it is said that training diverges."""
+
 Losses = list[tuple[Batch, Tensor]]
 """Micro-batches with the loss of each utterance, summed over its tokens [U]."""
+CountErrors = Callable[[SpeechLLM, Sequence[Utterance]], Mapping[str, tuple[int, int]]]
+"""Transcribes utterances: errors and length of the references by language."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Totals:
     num_targets: dict[str, float]  # tokens that the loss covers
     num_tokens: float  # LLM positions
     audio_s: float
+    flops: float  # useful ones
     num_stopping: float  # ranks that were asked to stop
     num_failing: float  # ranks with an exception
     num_using: dict[str, float]  # ranks on which the language's own parameters got a gradient
@@ -80,22 +88,42 @@ class Trainer:
         encoder: EncoderSettings,
         run_dir: Path,
         spec_augment: SpecAugmentSettings | None = None,
+        count_errors: CountErrors | None = None,
     ):
         self.settings, self.packing, self.encoder, self.run_dir = settings, packing, encoder, run_dir
-        self.spec_augment = spec_augment
-        self.engine = start(model, settings)
+        self.spec_augment, self.count_errors = spec_augment, count_errors
+        self.shape = Shape.of_model(model, model.stage)
+        self.frozen = engine.frozen_tensors(model)
+        self.engine = engine.start(model, settings)
         self.rank, self.num_ranks = self.engine.global_rank, self.engine.world_size
         self.parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
         self.own = adapters.language_parameters(self.engine.module)
         self.balances = any(layer.balances for layer in adapters.adapted_layers(self.engine.module).values())
         self.langs = sorted({x.utterance.lang for x in chain(train, dev)})
         self.train, self.dev = train, dev
-        self.plan = self._plan(train, num_slots=self.num_ranks * settings.accumulation)
+        self.is_alarmed = False
+        rows = pack(train, seed=settings.seed, max_tokens=packing.max_tokens_per_row, lookahead=packing.lookahead)
+        trial = memory.Trial(self.engine, train, rows, encoder)
+        self.state = checkpoints.newest(run_dir) or self._new_state(trial)
+        self.said = [trial.check(self.state.rows_per_batch)]
+        langs = [train[row[0]].utterance.lang for row in rows]
+        shares = {"langs": langs, "sampling": settings.sampling}
+        self.plan = Plan(rows, self.state.rows_per_batch, self.state.num_slots, settings.seed, **shares)
         self.total_steps = settings.max_steps or settings.epochs * self.plan.steps_per_epoch
+        self.num_slots = len(range(self.rank, self.state.num_slots, self.num_ranks))
+        if not self.num_slots:
+            raise UserError(
+                f"{run_dir}: a step has {self.state.num_slots} micro-batches, too few for {self.num_ranks} ranks; "
+                f"go on with at most {self.state.num_slots} (--ngpu)"
+            )
+        if self.state.step:
+            engine.restore(self.engine, run_dir, self.state)
+        self.writer = None
         if self.rank == 0:
             checkpoints.clean(run_dir)
             runs.write_trainable(run_dir, self.engine.module)
-        self.state = checkpoints.resume(self.engine, run_dir=run_dir)
+            keep = {"keep_last": settings.keep_last, "keep_best": settings.keep_best}
+            self.writer = checkpoints.Writer(run_dir, **keep)
 
     def run(self) -> None:
         """Take the remaining steps and write train.json.
@@ -107,41 +135,110 @@ class Trainer:
         log = RunLog(self.run_dir, start=state.step, total=self.total_steps, every=settings.log_every, rank=self.rank)
         batches = closing(self._batches(range(state.step, self.total_steps)))  # closing ends the loader's workers
         with log, batches as batches, StopSignal() as stop:
+            log.say(*self._plan_in_words())
             while state.step < self.total_steps:
                 began = time.monotonic()
-                totals, row = self._step(next(batches), is_stopping=stop.is_set)
-                elapsed_s = time.monotonic() - began
-                row |= {"tokens_per_s": totals.num_tokens / elapsed_s, "audio_s_per_s": totals.audio_s / elapsed_s}
+                mine = next(batches)
+                waited_s = time.monotonic() - began
+                totals, row = self._step(mine, is_stopping=stop.is_set)
+                row |= self._speed(totals, time.monotonic() - began, waited_s)
                 is_last = state.step == self.total_steps
+                state.dev = None
                 if is_last or (settings.dev_every and state.step % settings.dev_every == 0):
                     row |= self.evaluate()
+                    state.dev = row.get("dev_error", row.get("dev_loss"))
                 log.write(row)
+                log.say(*self._alarm())
                 state.audio_s += totals.audio_s
                 state.wall_s += time.monotonic() - began
-                if is_last or totals.num_stopping or state.step % settings.save_every == 0:
-                    checkpoints.save(self.engine, state, run_dir=self.run_dir, keep_last=settings.keep_last)
+                is_rated = settings.keep_best and state.dev is not None
+                if is_last or totals.num_stopping or is_rated or state.step % settings.save_every == 0:
+                    self._save()
                 if totals.num_stopping and not is_last:
+                    self._wait()
                     raise UserError(f"{self.run_dir}: stopped, saved at step {state.step}; run it again to go on")
+        self._wait()
         if self.rank == 0:
             self._finish()
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        """The loss of the dev lists, whole and by language; nothing without dev lists."""
-        if not self.dev:
-            return {}
+        """The dev lists' loss, whole and by language, and the error rate in percent of their first utterances; and how
+        much of the adapters' ranks is each language's own. Nothing without dev lists."""
         self.engine.module.eval()
+        row = self._dev_loss() | self._dev_error() if self.dev else {}
+        shares = adapters.specific_shares(self.engine.module)
+        return row | ({"specific_share": shares} if shares else {})
+
+    @torch.no_grad()
+    def _dev_loss(self) -> dict[str, Any]:
         chunk_s = self.encoder.decode_chunk_s if self.encoder.context == "chunked" else None
-        plan = self._plan(self.dev, num_slots=self.num_ranks)
+        rows = pack(self.dev, seed=self.settings.seed, max_tokens=self.packing.max_tokens_per_row)
+        plan = Plan(rows, self.state.rows_per_batch, self.num_ranks, self.settings.seed)
         batches = self._load(self.dev, plan, range(plan.steps_per_epoch))
         losses = [(b, self.engine.module(b.to(self.engine.device), chunk_s).utt_loss) for b in batches if b.ids]
         totals = self._sum_over_ranks(losses)
         return {"dev_loss": totals.loss, "dev_loss_per_lang": totals.loss_per_lang}
 
-    def _plan(self, examples: Sequence[Example], *, num_slots: int) -> Plan:
-        settings = {"max_tokens": self.packing.max_tokens_per_row, "lookahead": self.packing.lookahead}
-        rows = pack(examples, seed=self.settings.seed, **settings)
-        return Plan(rows, getattr(self.packing.rows_per_batch, self.encoder.context), num_slots, self.settings.seed)
+    def _dev_error(self) -> dict[str, Any]:
+        """Errors over the references of each language, and their mean over languages."""
+        first = [[x.utterance for x in self.dev if x.utterance.lang == lang] for lang in self.langs]
+        chosen = [u for utterances in first for u in utterances[: self.settings.dev_utts]]
+        if not (chosen and self.count_errors):
+            return {}
+        counts = self.count_errors(self.engine.module, chosen[self.rank :: self.num_ranks])
+        sums = [counts.get(lang, (0, 0)) for lang in self.langs]
+        sums = torch.tensor(sums, dtype=torch.float64, device=self.engine.device)  # [L, 2]
+        distributed.all_reduce(sums)
+        rates = {lang: 100 * e / n for lang, (e, n) in zip(self.langs, sums.tolist(), strict=True) if n}
+        return {"dev_error": sum(rates.values()) / len(rates), "dev_error_per_lang": rates} if rates else {}
+
+    def _new_state(self, trial: memory.Trial) -> checkpoints.State:
+        rows = getattr(self.packing.rows_per_batch, self.encoder.context)
+        return checkpoints.State(
+            num_slots=self.num_ranks * self.settings.accumulation,
+            rows_per_batch=trial.largest() if rows == "auto" else rows,
+        )
+
+    def _plan_in_words(self) -> Iterator[str]:
+        plan, state = self.plan, self.state
+        yield from self.said
+        yield (
+            f"{len(self.train):,} utterances in {len(plan.rows):,} rows; a step has {state.num_slots} micro-batches of "
+            f"{state.rows_per_batch} rows on {self.num_ranks} ranks; steps {state.step + 1:,} to {self.total_steps:,}, "
+            f"{plan.steps_per_epoch:,} an epoch"
+        )
+        if not self.settings.sampling.is_natural:
+            yield "passes an epoch: " + ", ".join(f"{lang} {n:.2f}" for lang, n in plan.passes_per_epoch.items())
+
+    def _speed(self, totals: Totals, elapsed_s: float, waited_s: float) -> dict[str, float]:
+        """Of one step, data loading included; TFLOP/s are useful ones of each rank."""
+        return {
+            "tokens_per_s": totals.num_tokens / elapsed_s,
+            "audio_s_per_s": totals.audio_s / elapsed_s,
+            "tflops": totals.flops / elapsed_s / self.num_ranks / 1e12,
+            "waited_for_data": waited_s / elapsed_s,
+        }
+
+    def _alarm(self) -> Iterator[str]:
+        """Says, once each time that it begins, that the running mean of the loss has left its lowest value behind."""
+        mean, lowest = self.state.mean_loss, self.state.lowest_mean
+        was_alarmed, self.is_alarmed = self.is_alarmed, mean > ALARM * lowest
+        if self.is_alarmed and not was_alarmed:
+            yield (
+                f"ALARM: step {self.state.step}: the loss rises; its running mean is {mean:.3f} nats a token, and was "
+                f"{lowest:.3f}; a lower learning rate (training.stage{self.engine.module.stage}.lr) may help"
+            )
+
+    def _save(self) -> None:
+        self.state.optimizer_steps = engine.optimizer_steps(self.engine)
+        weights, moments = engine.gather(self.engine)
+        if self.writer:
+            self.writer.save(self.state, weights | self.frozen, moments)
+
+    def _wait(self) -> None:
+        """Return when the last checkpoint is written."""
+        if self.writer:
+            self.writer.wait()
 
     def _load(self, examples: Sequence[Example], plan: Plan, steps: range, **more) -> Iterator[Batch]:
         ranks = {"rank": self.rank, "num_ranks": self.num_ranks}
@@ -150,7 +247,7 @@ class Trainer:
     def _batches(self, steps: range) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step."""
         loaded = self._load(self.train, self.plan, steps, spec_augment=self.spec_augment)
-        while batches := list(islice(loaded, self.settings.accumulation)):
+        while batches := list(islice(loaded, self.num_slots)):
             yield batches
 
     def _step(self, batches: list[Batch], *, is_stopping: bool) -> tuple[Totals, dict[str, Any]]:
@@ -159,42 +256,56 @@ class Trainer:
         Gradients stay on their rank until its micro-batches are added up, and are then reduced once, in the order of
         the parameters: ranks may see different languages, and so reach different parameters in a different order.
         """
-        engine, state = self.engine, self.state
+        zero, state = self.engine, self.state
         draw = random.Random(f"step {self.settings.seed} {state.step}")
         chunk_s = draw.choice(self.encoder.chunk_durations_s) if self.encoder.context == "chunked" else None
         torch.manual_seed(draw.getrandbits(62) + self.rank)
-        lr = learning_rate(state.step, total_steps=self.total_steps, settings=self.settings)
-        set_learning_rate(engine, lr)
-        engine.module.train()
+        lr = engine.learning_rate(state.step, total_steps=self.total_steps, settings=self.settings)
+        engine.set_learning_rate(zero, lr)
+        zero.module.train()
         losses: Losses = []
-        error = None
-        with engine.coalesce_grad_reduction():
+        work, error = 0.0, None
+        with zero.coalesce_grad_reduction():
             try:
+                if self.writer:
+                    self.writer.wait(only_if_done=True)
                 for batch in batches:
                     if batch.ids:
-                        output = engine(batch.to(engine.device), chunk_s)
-                        engine.backward(output.loss_sum)
+                        output = zero(batch.to(zero.device), chunk_s)
+                        zero.backward(output.loss_sum)
                         losses.append((batch, output.utt_loss))
+                        work += sum(flops(self.shape, Load.of(batch, chunk_s)).values())
             except Exception as caught:  # the other ranks are waiting: tell them before it is raised
-                error = caught
-            totals = self._sum_over_ranks(losses, is_stopping=is_stopping, is_failing=error is not None)
+                error = self._mendable(caught, batches[len(losses) :])
+            totals = self._sum_over_ranks(losses, work, is_stopping=is_stopping, is_failing=error is not None)
             if not totals.num_failing:
                 self._scale_gradients(self.num_ranks / sum(totals.num_targets.values()), resting=totals.resting)
         if totals.num_failing:
             raise error or RuntimeError("another rank failed; its own message says why")
         self._check_loss(totals.loss, losses)
-        rest(engine, totals.resting)
-        engine.step()
-        if not engine.was_step_applied():
+        engine.rest(zero, totals.resting)
+        zero.step()
+        if not zero.was_step_applied():
             self._stop_at(losses, "a gradient is not finite")
         if self.balances:
-            adapters.balance(engine.module, distributed.all_reduce)
+            adapters.balance(zero.module, distributed.all_reduce)
         state.step += 1
         epoch = round(state.step / self.plan.steps_per_epoch, 4)
         row = {"step": state.step, "epoch": epoch, "loss": totals.loss, "loss_per_lang": totals.loss_per_lang, "lr": lr}
-        return totals, {**row, "grad_norm": float(engine.get_global_grad_norm()), "chunk_s": chunk_s}
+        return totals, {**row, "grad_norm": float(zero.get_global_grad_norm()), "chunk_s": chunk_s}
 
-    def _sum_over_ranks(self, losses: Losses, *, is_stopping: bool = False, is_failing: bool = False) -> Totals:
+    def _mendable(self, error: Exception, batches: Sequence[Batch]) -> Exception:
+        """The exception at the first of `batches`, or what a user can do where a GPU's memory is too small for it."""
+        if not isinstance(error, torch.OutOfMemoryError):
+            return error
+        batch, step = batches[0], self.state.step + 1
+        what = f"step {step}: a batch of {batch.audio_s:,.0f} s of audio and {batch.num_tokens:,} tokens"
+        total = memory.total_bytes(self.engine.device)
+        return UserError(memory.does_not_fit(what, self.engine.module.stage, self.encoder.context, total))
+
+    def _sum_over_ranks(
+        self, losses: Losses, work: float = 0.0, *, is_stopping: bool = False, is_failing: bool = False
+    ) -> Totals:
         """The one synchronisation of a step."""
         where = {lang: i for i, lang in enumerate(self.langs)}
         device, num_targets = self.engine.device, Counter()
@@ -203,14 +314,15 @@ class Trainer:
             sums.index_add_(0, torch.tensor([where[lang] for lang in batch.langs], device=device), utt_loss.double())
             for lang, target in zip(batch.langs, batch.targets, strict=True):
                 num_targets[lang] += len(target)
-        counts = [sum(b.num_tokens for b, _ in losses), sum(b.audio_s for b, _ in losses), is_stopping, is_failing]
+        tokens, audio_s = (sum(getattr(b, name) for b, _ in losses) for name in ("num_tokens", "audio_s"))
+        counts = [tokens, audio_s, work, is_stopping, is_failing]
         using = [any(p.grad is not None for p in parameters) for parameters in self.own.values()]
         counts = [*(num_targets[lang] for lang in self.langs), *counts, *using]
         sums = torch.cat([sums, torch.tensor(counts, dtype=sums.dtype, device=device)])
         distributed.all_reduce(sums)
         numbers = iter(sums.tolist())
         by_lang = [dict(zip(self.langs, islice(numbers, len(self.langs)), strict=True)) for _ in range(2)]
-        return Totals(*by_lang, *islice(numbers, 4), dict(zip(self.own, numbers, strict=True)))
+        return Totals(*by_lang, *islice(numbers, 5), dict(zip(self.own, numbers, strict=True)))
 
     def _scale_gradients(self, factor: float, *, resting: set[str]) -> None:
         """Make the gradients exist on every rank, `factor` times what they are, but for those of `resting` languages.
@@ -233,6 +345,7 @@ class Trainer:
         if mean is not None and loss > ratio * max(mean, 1):
             self._stop_at(losses, f"the loss is {loss:.3g}, over {ratio:g} times its running mean {mean:.3g}")
         self.state.mean_loss = loss if mean is None else MEMORY * mean + (1 - MEMORY) * loss
+        self.state.lowest_mean = min(self.state.mean_loss, self.state.lowest_mean or math.inf)
 
     def _stop_at(self, losses: Losses, reason: str) -> None:
         """Write the global batch to bad_batch.json, worst utterances first, and raise UserError."""
@@ -258,7 +371,7 @@ class Trainer:
         done = asdict(self.state) | {"steps": self.total_steps}
         done |= {"num_trainable": by_part.total(), "num_trainable_encoder": by_part["encoder"]}
         files.write_json(self.run_dir / runs.FINISHED, done)
-        checkpoints.drop_engine(self.run_dir)
+        checkpoints.finish(self.run_dir)
 
 
 class StopSignal:
