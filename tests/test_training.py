@@ -5,20 +5,26 @@ import math
 import multiprocessing
 import os
 import signal
+from collections import Counter
 
 import pytest
 import tiny_recipe
 import torch
 from safetensors.torch import load_file
 
-from zipperasr import config, files
-from zipperasr.adapters import REGISTRY, language_parameters
+from zipperasr import config, files, languages
+from zipperasr.adapters import REGISTRY, adapted_layers, language_parameters
 from zipperasr.cli import recipe as recipes
 from zipperasr.cli.main import main
-from zipperasr.data.packing import PackingSettings, Plan, RowsPerBatch, make_batch, pack, tokenize
-from zipperasr.data.utterances import load_utterances
+from zipperasr.data.packing import PackingSettings, Plan, RowsPerBatch, SamplingSettings, make_batch, pack, tokenize
+from zipperasr.data.utterances import Utterance, load_utterances
+from zipperasr.decoding.errors import count_errors
+from zipperasr.decoding.generate import transcribe
+from zipperasr.decoding.worker import max_tokens
 from zipperasr.errors import UserError
-from zipperasr.model.checkpoint import build
+from zipperasr.model.checkpoint import build, load_run
+from zipperasr.model.cost import Load, flops
+from zipperasr.scoring.score import score
 from zipperasr.training import StageSettings, runs
 from zipperasr.training.engine import learning_rate, parameter_groups
 from zipperasr.training.trainer import Trainer
@@ -41,7 +47,9 @@ def stage1(recipe, tmp_path_factory):
     return run_dir
 
 
-def make_trainer(recipe, whole, run_dir, *, stage=2, rows=2, packing=None, model=None, encoder=None, **settings):
+def make_trainer(
+    recipe, whole, run_dir, *, stage=2, rows=2, packing=None, model=None, encoder=None, count_errors=None, **settings
+):
     torch.manual_seed(0)
     model = model or build(whole.model, stage)
     packing = packing or PackingSettings(max_tokens_per_row=96, rows_per_batch=RowsPerBatch(full=rows, chunked=rows))
@@ -57,6 +65,7 @@ def make_trainer(recipe, whole, run_dir, *, stage=2, rows=2, packing=None, model
         packing=packing,
         encoder=encoder or whole.model.encoder,
         run_dir=run_dir,
+        count_errors=count_errors,
     )
 
 
@@ -211,6 +220,104 @@ def test_dev_loss_is_the_token_mean_and_trains_nothing(recipe, whole, tmp_path):
     with torch.no_grad():
         output = trainer.engine.module(make_batch([[example] for example in trainer.dev]))
     assert logged["dev_loss"] == pytest.approx(output.loss_sum.item() / output.num_tokens, abs=1e-5)
+
+
+def test_dev_errors_are_those_of_decoding_and_scoring_the_first_utterances(recipe, whole, tmp_path):
+    said = {"de": "haus baum", "en": "one two three", "th": "สอง"}
+    seen = []
+
+    def count_errors(model, utterances):
+        seen.extend(u.id for u in utterances)
+        counts = Counter()
+        for u in utterances:
+            aligned = score({u.id: u.reference}, {u.id: said[u.lang]}, languages.get(u.lang))
+            counts[u.lang] += aligned[0].counts.errors
+        lengths = Counter({u.lang: 0 for u in utterances})
+        for u in utterances:
+            lengths[u.lang] += score({u.id: u.reference}, {}, languages.get(u.lang))[0].counts.ref_len
+        return {lang: (counts[lang], lengths[lang]) for lang in lengths}
+
+    trainer = make_trainer(recipe, whole, tmp_path, max_steps=2, dev_utts=2, count_errors=count_errors)
+    trainer.run()
+    of_lang = {lang: [x.utterance.id for x in trainer.dev if x.utterance.lang == lang] for lang in said}
+    assert sorted(seen) == sorted(utt_id for ids in of_lang.values() for utt_id in ids[:2])
+    row = read_log(tmp_path)[-1]
+    assert row["dev_error"] == pytest.approx(sum(row["dev_error_per_lang"].values()) / 3)
+    assert set(row["dev_error_per_lang"]) == {"de", "en", "th"}
+    newest = files.read_json(tmp_path / "checkpoints/step-2/state.json")
+    assert newest["dev"] == row["dev_error"]
+
+
+def test_error_counts_in_training_are_those_of_the_decoder(recipe, whole, stage1):
+    settings = {"encoder": whole.model.encoder, "decoding": whole.decoding, "profile": "whisper"}
+    model, dev = load_run(stage1), load_utterances(recipe.data, "all", "dev", None, whole.data.features)
+    counts = count_errors(model, dev, **settings)
+    for lang, (errors, length) in counts.items():
+        mine = [u for u in dev if u.lang == lang]
+        hyps = {}
+        for u in mine:  # one at a time
+            speech = model.speech_embeddings([u.features()], [lang], 30)
+            (hypothesis,) = transcribe(model, speech, lang, [max_tokens(u, whole.decoding)], whole.decoding)
+            hyps[u.id] = hypothesis.text
+        aligned = [a.counts for a in score({u.id: u.reference for u in mine}, hyps, languages.get(lang))]
+        assert (errors, length) == (sum(c.errors for c in aligned), sum(c.ref_len for c in aligned))
+    assert set(counts) == {"de", "en", "th"}
+
+
+def test_the_share_of_specific_ranks_is_logged_by_language(recipe, whole, tmp_path):
+    trainer = make_trainer(recipe, whole, tmp_path, max_steps=2)
+    layers = adapted_layers(trainer.engine.module.encoder).values()
+    trainer.run()
+    shares = read_log(tmp_path)[-1]["specific_share"]
+    assert set(shares) == {"de", "th"}
+    for lang, share in shares.items():
+        each = torch.stack([layer.specific_share(lang) for layer in layers])
+        assert share == pytest.approx(each.mean().item()) and 0.4 < share < 0.6
+
+
+def test_a_rising_loss_is_said_once(recipe, whole, tmp_path, capsys):
+    trainer = make_trainer(recipe, whole, tmp_path, max_steps=4)
+    trainer.state.mean_loss, trainer.state.lowest_mean = 6.0, 3.0
+    trainer.run()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ALARM")]
+    assert len(said) == 1 and "step 1: the loss rises; its running mean is 6.0" in said[0]
+    assert "(training.stage2.lr)" in said[0]
+
+
+def test_languages_are_sampled_as_the_settings_say(recipe, whole, tmp_path, capsys):
+    weights = {"de": 6, "en": 1, "th": 1}
+    trainer = make_trainer(recipe, whole, tmp_path, rows=1, epochs=1, sampling={"weights": weights})
+    steps, langs = trainer.plan.steps_per_epoch, Counter()
+    for (batch,) in trainer._batches(range(steps)):
+        langs.update(set(batch.langs))
+    assert langs == SamplingSettings(weights=weights).quotas(Counter(trainer.plan.langs))
+    trainer.run()
+    assert "passes an epoch: de 2." in capsys.readouterr().out
+
+
+def test_a_nan_in_the_features_stops_with_the_utterance(recipe, whole, tmp_path, monkeypatch):
+    trainer = make_trainer(recipe, whole, tmp_path, max_steps=20)
+    poisoned = trainer.train[trainer.plan.slot_rows(1, 0)[0][0]].utterance.id
+    features = Utterance.features
+
+    def with_nan(utterance):
+        x = features(utterance).clone()
+        x[len(x) // 2, 3] = math.nan if utterance.id == poisoned else x[len(x) // 2, 3]
+        return x
+
+    monkeypatch.setattr(Utterance, "features", with_nan)
+    with pytest.raises(UserError, match=f"step 2: the loss is nan; its batch begins with {poisoned}"):
+        trainer.run()
+
+
+def test_useful_work_and_waiting_are_logged(recipe, whole, tmp_path):
+    trainer = make_trainer(recipe, whole, tmp_path, max_steps=2)
+    ((batch,),) = trainer._batches(range(1))
+    expected = sum(flops(trainer.shape, Load.of(batch)).values())
+    trainer.run()
+    row = read_log(tmp_path)[0]
+    elapsed_s = batch.num_tokens / row["tokens_per_s"]
+    assert row["tflops"] == pytest.approx(expected / elapsed_s / 1e12) and 0 < row["waited_for_data"] < 1
 
 
 def test_chunk_durations_are_drawn_per_step_from_the_seed(recipe, whole, tmp_path):

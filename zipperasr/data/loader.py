@@ -5,6 +5,7 @@ import multiprocessing.util
 import signal
 from collections.abc import Sequence
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from zipperasr.data.augment import SpecAugmentSettings, spec_augment
@@ -48,6 +49,7 @@ def load_batches(
         MicroBatches(examples, plan, spec_augment),
         sampler=order,
         batch_size=None,
+        pin_memory=torch.cuda.is_available(),  # by Batch.pin_memory; copies to a GPU then do not hold it up
         num_workers=num_workers,
         multiprocessing_context="fork" if num_workers else None,  # they share millions of examples
         worker_init_fn=_ignore_signals,

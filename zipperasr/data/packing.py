@@ -166,8 +166,15 @@ class Batch:
         """The same batch with its features on `device`, moved as one tensor."""
         if all(x.device == device for x in self.features):
             return self
+        return self._with_features(lambda flat: flat.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in memory that a GPU can copy from by itself; the loader asks for it."""
+        return self._with_features(lambda flat: flat.pin_memory())
+
+    def _with_features(self, change: Callable[[Tensor], Tensor]) -> Batch:
         flat, lengths = _join(self.features)
-        return dataclasses.replace(self, features=_split(flat.to(device), lengths))
+        return dataclasses.replace(self, features=_split(change(flat), lengths))
 
     def __getstate__(self) -> dict:
         """One feature tensor crosses from a loader worker, not one (and one open file) an utterance."""

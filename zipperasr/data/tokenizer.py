@@ -18,6 +18,8 @@ from zipperasr.prompts import Tokenizer
 if TYPE_CHECKING:
     import numpy as np
 
+FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
+"""One of these is where a folder has a tokenizer."""
 AT_ONCE = 10_000
 """Texts that are encoded together; more than these are encoded beside the process that finds them."""
 
@@ -34,13 +36,20 @@ def load_tokenizer(name: str | Path) -> BatchTokenizer:
     """The tokenizer of a folder or of a model id of the Hugging Face hub.
 
     A folder with `tokenizer.model` is read by sentencepiece, everything else by transformers.
-    Raises UserError when there is none or it has no end-of-text token.
+    Raises UserError when there is none, or an empty one, or it has no end-of-text token.
     """
     model = Path(name) / "tokenizer.model"
     tokenizer = _SentencePiece(model) if model.is_file() else _HuggingFace(str(name))
     if tokenizer.end_of_text is None or tokenizer.end_of_text < 0:
         raise UserError(f"{name}: its tokenizer has no end-of-text token; choose an LLM that has one")
+    if not tokenizer.encode("a"):  # what transformers makes of a folder that lacks its tokenizer's files
+        raise UserError(f"{name}: no tokenizer found; put its {' or '.join(FILES)} beside the weights")
     return tokenizer
+
+
+def stand_in_tokenizer(name: str | Path) -> BatchTokenizer:
+    """The tokenizer of a folder that has one; where there is nothing but the name of an LLM, one of bytes."""
+    return load_tokenizer(name) if any(Path(name, file).is_file() for file in FILES) else _Bytes()
 
 
 class Targets:
@@ -158,3 +167,22 @@ class _HuggingFace:
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class _Bytes:
+    """Each byte of UTF-8 is a token."""
+
+    end_of_text = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def executor(self) -> Executor:
+        """A thread: there is nothing to compute."""
+        return ThreadPoolExecutor(1)
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i for i in ids if i < self.end_of_text).decode(errors="replace")

@@ -32,12 +32,12 @@ def build_with_language(
     """The model of the run `base_dir` with what `settings` give `lang`, which alone is unfrozen; and the language whose
     bank that begins with, if it is one's.
 
-    Raises UserError when the base's weights are not whole, or would be rounded.
+    Raises UserError when the base's weights are not whole.
     """
     weights = runs.final_weights(base_dir)
     model = build(settings, stage=2)
     load_trainable(model, base_dir / "init", stage=1)
-    tensors, mine = _read(weights), stage_tensors(model, stage=2)
+    tensors, mine = read_weights(weights, "train that run first"), stage_tensors(model, stage=2)
     with torch.no_grad():
         for name, tensor in tensors.items():
             mine[name].copy_(tensor)
@@ -105,14 +105,3 @@ class _Outputs:
 
 def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().contiguous().numpy()).hexdigest()
-
-
-def _read(weights: Path) -> dict[str, Tensor]:
-    """A run's weights. Raises UserError where training on this machine would round those that it keeps."""
-    tensors = read_weights(weights, "train that run first")
-    if torch.cuda.is_available() and any(t.dtype == torch.float32 for t in tensors.values()):
-        raise UserError(
-            f"{weights}: trained in fp32, which a GPU would round to bf16; add the language on the CPU too "
-            "(CUDA_VISIBLE_DEVICES= before the command)"
-        )
-    return tensors

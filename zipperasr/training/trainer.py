@@ -31,6 +31,7 @@ from zipperasr.model.cost import Load, Shape, flops
 from zipperasr.model.speech_llm import SpeechLLM
 from zipperasr.training import StageSettings, checkpoints, engine, memory, runs
 from zipperasr.training.log import RunLog
+from zipperasr.training.preflight.estimate import peak_tflops
 
 MEMORY = 0.98
 """Weight of the past in the running mean of the loss."""
@@ -96,6 +97,8 @@ class Trainer:
         self.frozen = engine.frozen_tensors(model)
         self.engine = engine.start(model, settings)
         self.rank, self.num_ranks = self.engine.global_rank, self.engine.world_size
+        is_cuda = self.engine.device.type == "cuda"
+        self.peak_tflops = peak_tflops(torch.cuda.get_device_name(self.engine.device)) if is_cuda else None
         self.parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
         self.own = adapters.language_parameters(self.engine.module)
         self.balances = any(layer.balances for layer in adapters.adapted_layers(self.engine.module).values())
@@ -211,13 +214,11 @@ class Trainer:
             yield "passes an epoch: " + ", ".join(f"{lang} {n:.2f}" for lang, n in plan.passes_per_epoch.items())
 
     def _speed(self, totals: Totals, elapsed_s: float, waited_s: float) -> dict[str, float]:
-        """Of one step, data loading included; TFLOP/s are useful ones of each rank."""
-        return {
-            "tokens_per_s": totals.num_tokens / elapsed_s,
-            "audio_s_per_s": totals.audio_s / elapsed_s,
-            "tflops": totals.flops / elapsed_s / self.num_ranks / 1e12,
-            "waited_for_data": waited_s / elapsed_s,
-        }
+        """Of one step, data loading included; TFLOP/s are useful ones of each rank, MFU their share of its peak."""
+        tflops = totals.flops / elapsed_s / self.num_ranks / 1e12
+        speed = {"tokens_per_s": totals.num_tokens / elapsed_s, "audio_s_per_s": totals.audio_s / elapsed_s}
+        speed |= {"tflops": tflops, "waited_for_data": waited_s / elapsed_s}
+        return speed | ({"mfu": tflops / self.peak_tflops} if self.peak_tflops else {})
 
     def _alarm(self) -> Iterator[str]:
         """Says, once each time that it begins, that the running mean of the loss has left its lowest value behind."""
