@@ -57,7 +57,7 @@ def make_examples(count=97, seed=0, langs=("de", "en", "th")):
         FakeUtterance(f"utt{i}", draw.choice(langs), "x" * draw.randint(1, 60), draw.randint(20, 700))
         for i in range(count)
     ]
-    return tokenize(utterances, FakeTokenizer(), PackingSettings(max_tokens_per_row=256))
+    return tokenize(utterances, FakeTokenizer(), PackingSettings(max_tokens_per_row=256, max_chars_per_s=1000))
 
 
 def make_plan(examples, *, num_slots=1, rows_per_batch=2, seed=0):
@@ -194,6 +194,15 @@ def test_workers_that_an_exception_has_left_open_end_with_their_process():
     command = [sys.executable, "-c", LEFT_OPEN]
     done = subprocess.run(command, cwd=Path(__file__).parent, timeout=60, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.endswith("ValueError: what went wrong\n")
+
+
+def test_a_text_longer_than_its_audio_can_be_is_left_out_and_named(caplog):
+    texts = {"fits": "x" * 70, "too_much": "x" * 71, "another": "x" * 500}
+    utterances = [FakeUtterance(utt_id, "de", text, 100) for utt_id, text in texts.items()]
+    kept = tokenize(utterances, FakeTokenizer(), PackingSettings(max_tokens_per_row=2048))
+    assert [x.utterance.id for x in kept] == ["fits"]
+    assert "2 of 3 utterances left out: their texts are longer than their audio can be" in caplog.text
+    assert caplog.text.rstrip().endswith("too_much, another")
 
 
 def test_an_utterance_longer_than_a_row_is_an_error_that_names_it():

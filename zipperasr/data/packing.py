@@ -24,7 +24,7 @@ from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from zipperasr import prompts
 from zipperasr.config import Settings
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+MORE_CHARS = 20
+"""Characters that any utterance may have beyond `max_chars_per_s`, as the ends of short ones are cut off."""
 MAX_OPEN_ROWS = 32
 """First-fit looks at this many unfilled rows, so that packing stays linear in the number of utterances."""
 
@@ -58,6 +60,9 @@ class PackingSettings(Settings):
     max_tokens_per_row: PositiveInt = 2048
     rows_per_batch: RowsPerBatch = RowsPerBatch()
     skip_too_long: bool = False
+    max_chars_per_s: PositiveFloat = 50
+    """An utterance whose text has more than these and MORE_CHARS is not what its audio says, and is left out, counted
+    and logged: quick speech has 25."""
     lookahead: NonNegativeInt = 0
     """Of so many utterances that are to come, the one that fills a row best is taken to end it. Rows of a few long
     utterances need it: with 64, those of 10 to 20 s fill 98% of 2048 tokens. 0 is first-fit."""
@@ -238,6 +243,13 @@ def _examples(
     utterances: Sequence[Utterance], targets: Targets, tokenizer: BatchTokenizer, settings: PackingSettings
 ) -> list[Example]:
     limit, ids = settings.max_tokens_per_row, targets.by_text()
+    spoken = [u for u in utterances if len(u.text) <= MORE_CHARS + settings.max_chars_per_s * u.num_frames / 100]
+    if len(spoken) < len(utterances):
+        kept = {id(u) for u in spoken}
+        named = ", ".join(u.id for u in islice((u for u in utterances if id(u) not in kept), 5))
+        why = f"their texts are longer than their audio can be (data.packing.max_chars_per_s): {named}"
+        logging.warning("%d of %d utterances left out: %s", len(utterances) - len(spoken), len(utterances), why)
+        utterances = spoken
     prompt = {lang: prompts.prompt_ids(tokenizer, lang) for lang in sorted({u.lang for u in utterances})}
     examples = [Example(u, prompt[u.lang], ids[u.text]) for u in utterances]
     too_long = [x for x in examples if x.num_tokens > limit]
