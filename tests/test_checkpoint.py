@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from zipperasr import config, files
 from zipperasr.adapters import REGISTRY, AdapterSettings
 from zipperasr.errors import UserError
-from zipperasr.model import WEIGHTS, RunSettings, checkpoint
+from zipperasr.model import WEIGHTS, RunSettings, checkpoint, choose_steps
 from zipperasr.model.speech_llm import stage_tensors
 from zipperasr.model.whisper_io import load_whisper, save_whisper
 
@@ -64,9 +64,28 @@ def test_the_latest_complete_checkpoint_is_loaded(run):
     checkpoint.save_trainable(model, run_dir / "checkpoints" / "step-20")  # killed before its state was written
     assert checkpoint.find_checkpoint(run_dir).name == "step-10"
     assert checkpoint.load_run(run_dir).projector.out.bias.eq(7).all()
-    assert not checkpoint.load_run(run_dir, step=1).projector.out.bias.eq(7).any()
+    assert not checkpoint.load_run(run_dir, [1]).projector.out.bias.eq(7).any()
     with pytest.raises(UserError, match="no checkpoint at step 20; there are 1, 10"):
-        checkpoint.load_run(run_dir, step=20)
+        checkpoint.load_run(run_dir, [20])
+
+
+def test_the_mean_of_checkpoints_is_that_of_their_tensors(run):
+    run_dir, model = run
+    settings = config.load(run_dir / "config.yaml", RunSettings)
+    for step, value, dev in ((2, 3.0, 9.0), (3, 5.0, 7.0), (4, 7.0, 8.0)):
+        with torch.no_grad():
+            model.projector.out.bias.fill_(value)
+        folder = tiny.save_run(run_dir, settings.model, 2, model, step=step)
+        files.write_json(folder / "state.json", {"dev": dev})
+    assert choose_steps(run_dir) == (4,) and choose_steps(run_dir, 3, average=2) == (3, 2)
+    assert choose_steps(run_dir, "best") == (3,) and choose_steps(run_dir, "best", average=2) == (3, 4)
+    mean = checkpoint.load_run(run_dir, choose_steps(run_dir, average=3))
+    assert mean.projector.out.bias.eq(5).all()
+    assert torch.allclose(mean.projector.up.weight, model.projector.up.weight, atol=1e-7)
+    with pytest.raises(UserError, match="3 checkpoints with a dev error are kept, 4 asked; train with a larger"):
+        choose_steps(run_dir, "best", average=4)
+    with pytest.raises(UserError, match="no checkpoint at step 9"):
+        choose_steps(run_dir, 9)
 
 
 def test_a_run_without_checkpoints_says_so(tmp_path, paths):
@@ -198,22 +217,13 @@ def test_initial_b_from_another_kind_of_run_is_refused(tmp_path, paths, source, 
         checkpoint.warm_start(checkpoint.build(tiny.settings(paths), 2), folder, tiny.settings(paths).adapter)
 
 
-def test_whisper_is_read_as_it_was_written_to_the_rounding_of_its_dtype(tmp_path, paths):
-    model, tokens = load_whisper(str(paths.whisper))
-    save_whisper(tmp_path / "again", model, tokens)
-    again, same_tokens = load_whisper(str(tmp_path / "again"))
-    assert tokens == same_tokens and model.dims == again.dims
-    for name, tensor in again.state_dict().items():
-        assert tensor.dtype == torch.float32 and torch.equal(tensor, model.state_dict()[name]), name
-
-
 def test_openai_whispers_own_checkpoint_file_is_read_in_fp32(tmp_path):
     torch.manual_seed(0)
     whisper = tiny.make_whisper()
     dims = vars(whisper.dims)
     torch.save({"dims": dims, "model_state_dict": whisper.half().state_dict()}, tmp_path / "tiny.pt")
-    loaded, _ = load_whisper(str(tmp_path / "tiny.pt"))
-    assert torch.equal(loaded.encoder.conv1.weight, whisper.encoder.conv1.weight.float())
+    encoder, _ = load_whisper(str(tmp_path / "tiny.pt"))
+    assert torch.equal(encoder.conv1.weight, whisper.encoder.conv1.weight.float())
 
 
 @pytest.mark.parametrize("content", [None, b"not a checkpoint", {"weights": 1}])

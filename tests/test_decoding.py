@@ -235,6 +235,7 @@ def test_a_decode_directory_holds_the_list_in_its_order(run):
         "run": "zipper_soft_full",
         "stage": 2,
         "step": 7,
+        "averaged": None,
     }
     expected |= {"method": "zipper_soft", "encoder": "full", "unseen_policy": None, "beam": 1}
     assert meta.items() >= expected.items()
@@ -336,3 +337,52 @@ def test_two_runs_do_not_decode_the_same_set(run, capsys):
     with files.lock(run.directory / "decode_noise_de_test"):
         assert main(run.args("noise_de_test")) == 1
     assert "another run is writing here" in capsys.readouterr().err
+
+
+def test_shares_and_the_call_that_ends_them_write_what_one_call_writes(run, capsys):
+    assert main(run.args("noise_de_test", "noise_zh_test")) == 0
+    expected = [run.utts(lang) for lang in ("de", "zh")]
+    timing = json.loads(run.read("timing.json"))
+    for lang in ("de", "zh"):
+        shutil.rmtree(run.directory / f"decode_noise_{lang}_test")
+    for share in ("3/3", "1/3"):
+        assert main(run.args("noise_de_test", "noise_zh_test", more=["--share", share])) == 0
+    directory = run.directory / "decode_noise_de_test"
+    assert f"{directory}: share 1 of 3 is done" in capsys.readouterr().out
+    assert not any((directory / name).exists() for name in (*job.OUTPUTS, ".done"))
+    assert main(run.args("noise_de_test", "noise_zh_test", more=["--nj", "2"])) == 0  # does 2/3 and ends the sets
+    for lang, whole in zip(("de", "zh"), expected):
+        assert list(run.utts(lang)) == list(whole)
+        for utt_id, row in run.utts(lang).items():
+            assert row == whole[utt_id] | {"logprob": pytest.approx(whole[utt_id]["logprob"], abs=1e-4)}
+    again = json.loads(run.read("timing.json"))
+    assert [again[name] for name in ("num_utts", "audio_s", "flags")] == [
+        timing[name] for name in ("num_utts", "audio_s", "flags")
+    ]
+    assert set(os.listdir(directory)) == {*job.OUTPUTS, ".done", ".lock"}
+
+
+def test_shares_are_disjoint_and_as_long_as_each_other(run, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(worker, "decode_share", lambda job, todo, *_: decoded.append(todo))
+    for share in ("1/2", "2/2"):
+        assert main(run.args("noise_de_test", more=["--share", share])) == 0
+    listed = load_utterances(run.data, "target", "test", None, FeatureSettings(storage="on_the_fly"))
+    assert sorted(u.id for u in itertools.chain(*decoded)) == sorted(u.id for u in listed)
+    seconds = [sum(u.duration_s for u in share) for share in decoded]
+    assert abs(seconds[0] - seconds[1]) <= max(u.duration_s for u in listed)
+
+
+def test_a_share_that_is_done_needs_no_torch_and_one_that_is_being_done_is_left_alone(run, capsys):
+    share = run.args("noise_de_test", more=["--share", "2/2"])
+    assert main(share) == 0
+    code = f"import sys; from zipperasr.cli.main import main; status = main({[*share, '--nj', '2']!r}); " + (
+        "print('torch' in sys.modules); sys.exit(status)"
+    )
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert again.stdout.splitlines()[-1] == "False"
+    with files.lock(run.directory / "decode_noise_de_test" / ".share.2.2"):
+        assert main(share) == 1
+        assert main(run.args("noise_de_test")) == 1
+        assert main(run.args("noise_de_test", more=["--share", "1/2"])) == 0
+    assert capsys.readouterr().err.count("another run is writing here") == 2

@@ -102,7 +102,8 @@ def test_shares_are_those_of_the_equation(make, method, signal, router):
             p = torch.stack([p_by_hand(tensors, layer, e) for layer in layers])
             expected = p.mean() if method == "zipper_soft" else (p >= 0.5).double().mean()
             assert share[lang][block] == pytest.approx(expected.item(), abs=1e-6)
-    assert share["de"] != share["th"]
+    if method == "zipper_soft":  # of a few ranks as many may be chosen for both
+        assert share["de"] != share["th"]
 
 
 def test_the_literal_reading_of_hard_is_the_other_side(make):

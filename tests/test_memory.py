@@ -148,9 +148,7 @@ def test_a_batch_that_does_not_fit_names_the_settings_to_change(model, examples,
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(model, "forward", out_of_memory)
-    said = (
-        r"heaviest batch \(4 rows, .*tokens\) does not fit into .* GiB of this GPU; set training.stage2.recom"
-    )
+    said = r"heaviest batch \(4 rows, .*tokens\) does not fit into .* GiB of this GPU; set training.stage2.recom"
     with pytest.raises(UserError, match=rf"{said}.* lower data.packing.rows_per_batch.chunked and raise accumulation"):
         trial.check(4)
     assert trial.largest(10**12) == 1

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
+from safetensors.torch import load_file
+from whisper.model import ModelDimensions, Whisper
 
+from zipperasr import files
 from zipperasr.data.features import log_mel
 from zipperasr.data.tokenizer import load_tokenizer
 from zipperasr.languages import LANGUAGES
 from zipperasr.model import LLMSettings
 from zipperasr.model.encoder import SpeechEncoder
-from zipperasr.model.llm import load_llm
+from zipperasr.model.llm_io import load_llm
 from zipperasr.model.whisper_io import load_whisper
 
 MINI = REPOSITORY / "egs" / "multilingual12" / "pretrained" / "mini"
@@ -30,7 +33,11 @@ def phrases():
 
 @pytest.fixture(scope="module")
 def whisper():
-    return load_whisper(str(MINI / "whisper"))
+    """The model as openai-whisper builds it, and its language tokens."""
+    config = files.read_json(MINI / "whisper" / "config.json")
+    model = Whisper(ModelDimensions(**config["dims"]))
+    model.load_state_dict(load_file(MINI / "whisper" / "model.safetensors"))
+    return model, config["language_tokens"]
 
 
 def count(module: torch.nn.Module) -> int:
@@ -43,6 +50,9 @@ def test_whisper_has_an_encoder_a_decoder_and_a_token_for_each_language(whisper)
     assert 1.0e6 < count(model.encoder) < 1.4e6
     assert model.dims.n_audio_ctx == 1500, "30 s, as Whisper's"
     assert all(torch.isfinite(p).all() for p in model.parameters())
+    encoder, embeddings = load_whisper(str(MINI / "whisper"))
+    assert all(torch.equal(t, model.encoder.state_dict()[name]) for name, t in encoder.state_dict().items())
+    assert embeddings.keys() == LANGUAGES.keys()
 
 
 def test_llm_shares_its_embeddings_with_its_output():

@@ -110,8 +110,8 @@ def mark_done(directory: Path | str, key: str, *, name: str = ".done") -> None:
 
 
 @contextlib.contextmanager
-def lock(directory: Path | str) -> Iterator[None]:
-    """Hold `directory` for this process. Raises UserError when another process holds it.
+def lock(directory: Path | str, *, wait: bool = False) -> Iterator[None]:
+    """Hold `directory` for this process. Raises UserError when another process holds it, or waits for that.
 
     The kernel drops the lock when the process ends, however it ends.
     """
@@ -119,7 +119,7 @@ def lock(directory: Path | str) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "w") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             mend = "wait for it or choose another directory"
             raise UserError(f"{directory}: another run is writing here; {mend}") from error

@@ -1,8 +1,13 @@
-"""Transcribe sets with a trained run, into RUN_DIR/decode_<set>; finished sets are skipped, partial ones go on."""
+"""Transcribe sets with a trained run, into RUN_DIR/decode_<set>; finished sets are skipped, partial ones go on.
+
+Jobs that each do their --share (a Slurm array, for example) divide the utterances of every set; afterwards a run
+without it does what they have left, and writes the outputs.
+"""
 
 import argparse
 from pathlib import Path
 
+from zipperasr.cli import recipe
 from zipperasr.errors import UserError
 
 OVERRIDABLE = ("decoding.", "data.features.storage")
@@ -13,14 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="holds manifests/, lists/ and features/")
     parser.add_argument("--sets", nargs="+", required=True, metavar="SET", help="<corpus>_<lang>_<split>")
     parser.add_argument("--setting", help="whose test lists (default: the run's own, else any that has the set)")
-    parser.add_argument("--step", type=int, help="checkpoint (default: the latest)")
+    recipe.add_checkpoint_arguments(parser)
     parser.add_argument("--nj", type=int, default=1, help="number of processes (%(default)s; on GPUs at most one each)")
+    parser.add_argument("--share", type=recipe.share, help="do the share of one job alone: 2/8")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as decoding.beam=4")
 
 
 def run(args: argparse.Namespace) -> None:
     """Decode what is not done yet and print a line for each set."""
-    from zipperasr.cli import recipe
     from zipperasr.decoding import decode
     from zipperasr.model import RunSettings
 
@@ -33,11 +38,14 @@ def run(args: argparse.Namespace) -> None:
     settings = RunSettings(stage=whole.stage, model=whole.model)
     jobs = decode.plan(
         args.run_dir, args.data_dir, sets, run=settings, data=whole.data, decoding=whole.decoding,
-        setting=setting, step=args.step,
+        setting=setting, step=args.step, average=args.average,
     )  # fmt: skip
     for job in (job for job in jobs if job.is_done):
         print(f"{job.directory}: complete", flush=True)
     todo = [job for job in jobs if not job.is_done]
-    for job, timing in decode.decode(todo, nj=args.nj) if todo else ():
+    for job, timing in decode.decode(todo, nj=args.nj, share=args.share) if todo else ():
+        if timing is None:
+            print("{}: share {} of {} is done".format(job.directory, *args.share), flush=True)
+            continue
         flags = "".join(f", {count} {flag}" for flag, count in timing["flags"].items())
         print(f"{job.directory}: {timing['num_utts']} utterances, RTFx {timing['rtfx']:.0f}{flags}", flush=True)

@@ -8,13 +8,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from zipperasr.cli import recipe
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-dir", type=Path, required=True, help="a trained run: config.yaml and checkpoints")
     parser.add_argument("--lang", nargs="+", required=True, help="codes of languages, or all that the adapter has")
     parser.add_argument("--format", choices=("peft", "merged"), required=True, help="adapters, or plain models")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--step", type=int, help="checkpoint (default: the latest)")
+    recipe.add_checkpoint_arguments(parser)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="(%(default)s)")
     parser.add_argument(
         "--audio", type=Path, nargs="+", default=[], metavar="FILE", help="to compare on (default: seeded noise)"
@@ -28,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
 
     report = export(
         args.run_dir, args.out, args.lang, format=args.format, dtype=getattr(torch, args.dtype), step=args.step,
-        recordings=args.audio,
+        average=args.average, recordings=args.audio,
     )  # fmt: skip
     print(f"{args.out}: {report['format']}, {report['dtype']}\n{_table(report)}")
 

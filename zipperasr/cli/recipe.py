@@ -62,6 +62,18 @@ def share(text: str) -> tuple[int, int]:
     return int(job), int(num_jobs)
 
 
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which of a run's checkpoints is meant, for zipperasr.model.choose_steps."""
+    parser.add_argument("--step", type=_step, help="checkpoint, or best: the lowest dev error (default: the latest)")
+    parser.add_argument(
+        "--average", type=int, default=1, metavar="N", help="take the mean of N: it and those before it, or the N best"
+    )
+
+
+def _step(text: str) -> int | str:
+    return text if text == "best" else int(text)
+
+
 def _check(whole: Config) -> None:
     for corpus, settings in whole.corpora.items():
         if "_" in corpus:

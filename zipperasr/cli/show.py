@@ -2,7 +2,7 @@
 
 corpora: name, preparer, `real` or the size of a synthetic one, languages (all, or those of a job's share), options.
 downloads: arguments of local/download.sh, which fetch the real corpora and the pretrained models.
-sets: every test set that the settings of training name. pretrained: encoder and LLM.
+sets: every test set that the settings of training name. pretrained: encoder and LLM, unless they begin at random.
 methods: the encoder adapters, as the paper's tables compare them.
 """
 
@@ -45,8 +45,9 @@ def _sets(whole: recipe.Config, args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(name for s in settings for name in getattr(whole.data.lists.settings[s], args.part)))
 
 
-def _pretrained(whole: recipe.Config, args: argparse.Namespace) -> tuple[str, str]:
-    return whole.model.encoder.pretrained, whole.model.llm.pretrained
+def _pretrained(whole: recipe.Config, args: argparse.Namespace) -> list[str]:
+    is_random = whole.model.init == "random"
+    return [] if is_random else [whole.model.encoder.pretrained, whole.model.llm.pretrained]
 
 
 def _methods(whole: recipe.Config, args: argparse.Namespace) -> list[str]:

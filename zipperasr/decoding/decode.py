@@ -1,7 +1,8 @@
 """Decode directories: sets of utterances transcribed with a run's checkpoint, by one process or several.
 
 While a set is being decoded, each process appends what it has to a part of its own, `part.<key>.<random>.jsonl`, where
-the key stands for everything the result depends on: a killed decode goes on with what the parts of its key hold. Then
+the key stands for everything the result depends on: a killed decode goes on with what the parts of its key hold. Jobs
+that each decode a share of the utterances (a Slurm array, for example) write parts only. At the end
 
     hyp, ref       lines of "id text" in the order of the list: `ref` has every utterance, `hyp` those that were read
     utts.jsonl     id, lang, text, logprob (mean over tokens), num_tokens, flags, duration_s
@@ -14,6 +15,7 @@ encoded in windows), `unreadable` (no features).
 
 import json
 import multiprocessing
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,7 +31,7 @@ from zipperasr.data.utterances import Utterance, load_utterances
 from zipperasr.decoding import DecodingSettings
 from zipperasr.decoding.job import Job
 from zipperasr.errors import UserError
-from zipperasr.model import WEIGHTS, RunSettings, find_checkpoint
+from zipperasr.model import WEIGHTS, RunSettings, Step, checkpoints_by_step, choose_steps
 
 
 def plan(
@@ -41,17 +43,18 @@ def plan(
     data: DataSettings,
     decoding: DecodingSettings,
     setting: str,
-    step: int | None = None,
+    step: Step = None,
+    average: int = 1,
 ) -> list[Job]:
     """A job for each set, made without importing torch, so that sets which are done cost nothing.
 
-    A set's list is that of `setting`, or of the first setting that tests on the set; `step` is the latest by default.
-    Raises UserError when there is no such list or no such checkpoint.
+    A set's list is that of `setting`, or of the first setting that tests on the set. `step` and `average` are those of
+    choose_steps. Raises UserError when there is no such list or no such checkpoint.
     """
-    checkpoint = find_checkpoint(run_dir, step)
-    weights = [folder / WEIGHTS for folder in (run_dir / "init", checkpoint) if (folder / WEIGHTS).is_file()]
+    steps, complete = choose_steps(run_dir, step, average=average), checkpoints_by_step(run_dir)
+    folders = [run_dir / "init", *(complete[at] for at in steps)]
+    weights = [folder / WEIGHTS for folder in folders if (folder / WEIGHTS).is_file()]
     model = files.fingerprint([run.model_dump(), *map(files.sha256, weights)])
-    at = int(checkpoint.name.removeprefix("step-"))
     jobs = []
     for name in dict.fromkeys(sets):
         where = _setting_of(name, data, first=setting)
@@ -60,31 +63,44 @@ def plan(
         if not all(inputs):
             raise UserError(f"{name}: no list in {data_dir}; run stages 1 and 2 again")
         key = files.fingerprint([model, decoding.model_dump(), *map(files.sha256, inputs)])
-        jobs.append(Job(run_dir, at, run, data_dir, where, name, data.features, decoding, model, key))
+        jobs.append(Job(run_dir, steps, run, data_dir, where, name, data.features, decoding, model, key))
     return jobs
 
 
-def decode(jobs: Sequence[Job], *, nj: int = 1) -> Iterator[tuple[Job, dict[str, Any]]]:
+def decode(
+    jobs: Sequence[Job], *, nj: int = 1, share: tuple[int, int] | None = None
+) -> Iterator[tuple[Job, dict[str, Any] | None]]:
     """Decode `jobs` with `nj` processes (on GPUs at most one each); yield each with its timing when it is done.
 
-    Raises UserError when another process is decoding one of the sets, and when one of ours is killed.
+    Share (I, N) decodes every N-th utterance of each set, from the I-th longest on (counted from 1), beside the other
+    shares, and leaves them in parts, without timing; the call without a share does what they have left and writes the
+    outputs. Raises UserError when another process is decoding one of the sets, and when one of ours is killed.
     """
     with ExitStack() as stack:
         listed = []
         for job in jobs:
-            stack.enter_context(files.lock(job.directory))
+            for directory in _held(job, share):
+                stack.enter_context(files.lock(directory))
             (job.directory / ".done").unlink(missing_ok=True)
             listed.append(load_utterances(job.data_dir, job.setting, "test", [job.set], job.features))
-        pools = _start_pools(nj, stack) if nj > 1 else []
-        started = [_start(job, utterances, pools) for job, utterances in zip(jobs, listed, strict=True)]
-        for job, utterances, shares in zip(jobs, listed, started, strict=True):
+        todo = [_todo(job, utterances, share) for job, utterances in zip(jobs, listed, strict=True)]
+        pools = _start_pools(nj, stack) if nj > 1 and any(todo) else []
+        started = [_start(job, utterances, pools) for job, utterances in zip(jobs, todo, strict=True)]
+        for job, utterances, waits in zip(jobs, listed, started, strict=True):
             try:
-                for finish in shares:
-                    finish()
+                for wait in waits:
+                    wait()
             except BrokenProcessPool as error:
                 mend = "lower --nj if memory is short, and run the same command again to go on"
                 raise UserError(f"{job.set}: a decoding process was killed; {mend}") from error
-            yield job, _write_outputs(job, utterances)
+            yield job, None if share else _write_outputs(job, utterances)
+
+
+def _held(job: Job, share: tuple[int, int] | None) -> list[Path]:
+    """The directories to lock: a share's own, or else the set's and those of all shares that have been run."""
+    if share:
+        return [job.directory / ".share.{}.{}".format(*share)]
+    return [job.directory, *sorted(job.directory.glob(".share.*"))]
 
 
 def _setting_of(name: str, data: DataSettings, *, first: str) -> str:
@@ -115,13 +131,19 @@ def _num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _start(job: Job, utterances: Sequence[Utterance], pools: Sequence[ProcessPoolExecutor]) -> list[Callable[[], None]]:
-    """Share out what is not decoded yet, longest first; what is returned waits for the shares (or does them here)."""
+def _todo(job: Job, utterances: Sequence[Utterance], share: tuple[int, int] | None) -> list[Utterance]:
+    """What is not decoded yet of a share, or of all: longest first."""
+    first, step = (share[0] - 1, share[1]) if share else (0, 1)
     done = _read_parts(job)
-    todo = sorted((u for u in utterances if u.id not in done), key=lambda u: (-u.num_frames, u.id))
+    longest_first = sorted(utterances, key=lambda u: (-u.num_frames, u.id))
+    return [u for u in longest_first[first::step] if u.id not in done]
+
+
+def _start(job: Job, todo: Sequence[Utterance], pools: Sequence[ProcessPoolExecutor]) -> list[Callable[[], None]]:
+    """Share out what there is to do, if anything; what is returned waits for the processes (or does it here)."""
     num = len(pools)
     waits = [pool.submit(_decode_share, job, todo[j::num], j, num).result for j, pool in enumerate(pools)]
-    return waits or [partial(_decode_share, job, todo)]
+    return (waits or [partial(_decode_share, job, todo)]) if todo else []
 
 
 def _decode_share(job: Job, utterances: Sequence[Utterance], share: int = 0, num_shares: int = 1) -> None:
@@ -162,6 +184,8 @@ def _write_outputs(job: Job, utterances: Sequence[Utterance]) -> dict[str, Any]:
     files.mark_done(directory, job.key)
     for part in directory.glob("part.*.jsonl"):
         part.unlink()
+    for share in directory.glob(".share.*"):
+        shutil.rmtree(share)
     return timing
 
 
@@ -178,7 +202,8 @@ def _meta(job: Job) -> dict[str, Any]:
         "setting": job.setting,
         "run": job.run_dir.resolve().name,
         "stage": job.run.stage,
-        "step": job.step,
+        "step": job.steps[0],
+        "averaged": list(job.steps) if len(job.steps) > 1 else None,
         "encoder": model.encoder.context,
         "method": adapter.method if adapter else None,
         "unseen_policy": adapter.unseen if is_unseen else None,

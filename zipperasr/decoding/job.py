@@ -1,4 +1,4 @@
-"""What there is to decode: one set, with one checkpoint of a run."""
+"""What there is to decode: one set, with one model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,13 @@ OUTPUTS = ("hyp", "ref", "utts.jsonl", "timing.json", "meta.json")
 
 @dataclass(frozen=True)
 class Job:
-    """One set to decode with one checkpoint of a run.
+    """One set to decode with a checkpoint of a run, or with the mean of several.
 
     `model` is a digest of the weights and their settings, `key` of all that the result depends on.
     """
 
     run_dir: Path
-    step: int
+    steps: tuple[int, ...]
     run: RunSettings
     data_dir: Path
     setting: str

@@ -39,7 +39,7 @@ def decode_share(job: Job, utterances: Sequence[Utterance], share: int, num_shar
     if num_shares > 1:
         torch.set_num_threads(1)
     device = f"cuda:{share % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    model = _load(job.run_dir, job.step, job.model, device).merged(job.lang)
+    model = _load(job.run_dir, job.steps, job.model, device).merged(job.lang)
     prompt_tokens = len(prompts.prompt_ids(model.tokenizer, job.lang))
     path = job.directory / f"part.{job.key}.{uuid.uuid4().hex[:8]}.jsonl"
     bar = tqdm(total=len(utterances), desc=job.set, unit="utt", mininterval=1, disable=True if share else None)
@@ -83,9 +83,9 @@ def batches(
 
 
 @functools.lru_cache(maxsize=1)
-def _load(run_dir: Path, step: int, digest: str, device: str) -> SpeechLLM:
+def _load(run_dir: Path, steps: tuple[int, ...], digest: str, device: str) -> SpeechLLM:
     """The run's model: loaded once per process, and again if the run has been trained anew (`digest`)."""
-    return load_run(run_dir, step).to(device, torch.float32 if device == "cpu" else torch.bfloat16)
+    return load_run(run_dir, steps).to(device, torch.float32 if device == "cpu" else torch.bfloat16)
 
 
 def _read_ahead(todo: Iterable[Sequence[Utterance]]) -> Iterator[Batch]:
@@ -114,9 +114,9 @@ def _transcribe(model: SpeechLLM, job: Job, batch: Batch) -> tuple[list[dict[str
     readable = [u for u, features in batch if features is not None]
     features = [x.to(model.encoder.conv1.weight.device) for _, x in batch if x is not None]
     caps = [max_tokens(u, job.decoding) for u in readable]
-    started = time.perf_counter()
+    started, langs = time.perf_counter(), [job.lang] * len(features)
     with torch.inference_mode():
-        speech = model.speech_embeddings(features, [job.lang] * len(features), segment_s(model, settings)) if features else []
+        speech = model.speech_embeddings(features, langs, segment_s(model, settings)) if features else []
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     encoded = time.perf_counter()

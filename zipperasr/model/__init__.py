@@ -5,17 +5,23 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from zipperasr import files
 from zipperasr.adapters import AdapterSettings
 from zipperasr.config import Settings
 from zipperasr.errors import UserError
 
 WEIGHTS = "trainable.safetensors"
 
+Step = int | Literal["best"] | None
 Seconds = Annotated[float, Field(gt=0, le=30)]
 
 
 class EncoderSettings(Settings):
-    """`pretrained`: a folder, a .pt file or a name that openai-whisper knows, such as large-v3."""
+    """`pretrained`: a Whisper, in openai-whisper's form or in that of transformers.
+
+    A folder (written by ours or by transformers), a .pt file of openai-whisper, a name that this knows, such as
+    large-v3, or a model id of the Hugging Face hub, such as openai/whisper-large-v3. Weights are never unpickled.
+    """
 
     pretrained: str
     context: Literal["full", "chunked"] = "full"
@@ -38,19 +44,27 @@ class LoraSettings(Settings):
 
 
 class LLMSettings(Settings):
-    """`pretrained`: a folder or a model id of the Hugging Face hub."""
+    """`pretrained`: a decoder-only LLM of transformers, with plain causal attention in every layer.
+
+    A folder or a model id of the Hugging Face hub, such as Qwen/Qwen3-1.7B: safetensors, and no code of its own.
+    """
 
     pretrained: str
     lora: LoraSettings = LoraSettings()
 
 
 class ModelSettings(Settings):
-    """A Speech-LLM. `adapter` is that of the encoder, which exists in stage 2 only."""
+    """A Speech-LLM. `adapter` is that of the encoder, which exists in stage 2 only.
+
+    `init`: random makes what both `pretrained` name (a size of sizes.py or a folder) without their weights, the same
+    every time, so that nothing is downloaded; for benchmarks and tests.
+    """
 
     encoder: EncoderSettings
     projector: ProjectorSettings = ProjectorSettings()
     llm: LLMSettings
     adapter: AdapterSettings | None = None
+    init: Literal["pretrained", "random"] = "pretrained"
 
 
 class RunSettings(Settings):
@@ -81,3 +95,21 @@ def find_checkpoint(run_dir: Path | str, step: int | None = None) -> Path:
     if step is not None and step not in complete:
         raise UserError(f"{run_dir}: no checkpoint at step {step}; there are {', '.join(map(str, complete))}")
     return complete[max(complete) if step is None else step]
+
+
+def choose_steps(run_dir: Path | str, step: Step = None, *, average: int = 1) -> tuple[int, ...]:
+    """The steps of the checkpoints whose mean is wanted: `step`, or the latest, and those before it.
+
+    "best" means those with the lowest dev error. Raises UserError where a run has not kept as many.
+    """
+    find_checkpoint(run_dir, None if step == "best" else step)
+    complete = checkpoints_by_step(run_dir)
+    rated = {at: files.read_json(path / "state.json").get("dev") for at, path in complete.items()}
+    if step == "best":
+        chosen = sorted((at for at in complete if rated[at] is not None), key=rated.__getitem__)
+    else:
+        chosen = [at for at in reversed(complete) if step is None or at <= step]
+    if len(chosen) < average:
+        what = f"{len(chosen)} checkpoints{' with a dev error' * (step == 'best')} are kept, {average} asked"
+        raise UserError(f"{run_dir}: {what}; train with a larger training.stage<N>.keep_last or keep_best")
+    return tuple(chosen[:average])

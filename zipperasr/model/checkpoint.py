@@ -4,57 +4,60 @@ A checkpoint holds only what was trained, as plain safetensors. The rest comes f
 stage 2, from the stage-1 weights in the run's own `init` folder, so a run directory is all that decoding needs.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from zipperasr import config, files
 from zipperasr.adapters import AdapterSettings, adapt, adapted_layers
-from zipperasr.data.tokenizer import load_tokenizer
+from zipperasr.data.tokenizer import load_tokenizer, stand_in_tokenizer
 from zipperasr.errors import UserError
 from zipperasr.model import WEIGHTS, ModelSettings, RunSettings, find_checkpoint, run_of
 from zipperasr.model.encoder import ADAPTED, SpeechEncoder
-from zipperasr.model.llm import load_llm
+from zipperasr.model.llm_io import load_llm
 from zipperasr.model.projector import Projector
+from zipperasr.model.random_init import random_llm, random_whisper
 from zipperasr.model.speech_llm import SpeechLLM, set_trainable, stage_tensors
+from zipperasr.model.tensors import check_fit, read_tensors
 from zipperasr.model.whisper_io import load_whisper
 
 
-def build(settings: ModelSettings, stage: int) -> SpeechLLM:
-    """A model from its pretrained parts in fp32 on the CPU, with what `stage` trains unfrozen.
+def build(settings: ModelSettings, stage: int, *, device: torch.device | str = "cpu") -> SpeechLLM:
+    """A model in fp32 on `device` from its pretrained or random parts, with what `stage` trains unfrozen.
 
     Stage 1 has no adapter on the encoder, whatever the settings say. Fresh parameters come from torch's global seed.
     Raises UserError when a part is missing.
     """
-    whisper, language_tokens = load_whisper(settings.encoder.pretrained)
-    table = whisper.decoder.token_embedding.weight.detach()
-    language_embeddings = {lang: table[token].clone() for lang, token in language_tokens.items()}
-    encoder = SpeechEncoder(whisper.encoder, pad_to_30s=settings.encoder.pad_to_30s)
+    if is_random := settings.init == "random":
+        whisper, language_embeddings = random_whisper(settings.encoder.pretrained, device)
+    else:
+        whisper, language_embeddings = load_whisper(settings.encoder.pretrained)
+    encoder = SpeechEncoder(whisper, pad_to_30s=settings.encoder.pad_to_30s)
     if stage == 2:
         _adapt_encoder(encoder, settings.adapter, language_embeddings)
-    llm = load_llm(settings.llm)
+    llm = random_llm(settings.llm, device) if is_random else load_llm(settings.llm)
     projector = Projector(encoder.width, settings.projector.hidden_size or encoder.width, llm.config.hidden_size)
-    tokenizer = load_tokenizer(settings.llm.pretrained)
+    tokenizer = (stand_in_tokenizer if is_random else load_tokenizer)(settings.llm.pretrained)
     model = SpeechLLM(encoder, projector, llm, tokenizer, language_embeddings)
     set_trainable(model, stage)
-    return model.eval()
+    return model.to(device).eval()
 
 
-def load_run(run_dir: Path | str, step: int | None = None) -> SpeechLLM:
-    """The model that a run has trained, at `step` (its latest complete checkpoint by default).
+def load_run(run_dir: Path | str, steps: Sequence[int] = ()) -> SpeechLLM:
+    """The model that a run has trained: the mean of its checkpoints at `steps`, by default the latest complete one.
 
     Raises UserError when the run has no such checkpoint, or one that does not fit its config.yaml.
     """
     run_dir = Path(run_dir)
     settings = config.load(run_dir / "config.yaml", RunSettings)
-    folder = find_checkpoint(run_dir, step)
+    folders = [find_checkpoint(run_dir, step) for step in steps or [None]]
     model = build(settings.model, settings.stage)
     if settings.stage == 2:
         load_trainable(model, run_dir / "init", stage=1)
-    load_trainable(model, folder, stage=settings.stage)
+    load_trainable(model, *folders, stage=settings.stage)
     return model
 
 
@@ -65,15 +68,23 @@ def save_trainable(model: SpeechLLM, folder: Path | str) -> None:
         save_file(tensors, temporary)
 
 
-def load_trainable(model: SpeechLLM, folder: Path | str, *, stage: int) -> None:
-    """Fill in what `stage` trains from `folder`. Raises UserError unless all is there, fits exactly and is finite."""
-    path = Path(folder) / WEIGHTS
-    tensors = read_weights(path, f"train stage {stage} first")
-    expected = stage_tensors(model, stage)
-    _check_fit(path, tensors, expected)
+def load_trainable(model: SpeechLLM, *folders: Path | str, stage: int) -> None:
+    """Fill in what `stage` trains from a folder, or with the mean of several (integers: the first's).
+
+    Raises UserError unless all is there, fits exactly and is finite.
+    """
+    expected, sums = stage_tensors(model, stage), {}
+    mend, spoilt = "use the configuration that this checkpoint was trained with", "go back to an earlier checkpoint"
+    for folder in folders:
+        path = Path(folder) / WEIGHTS
+        tensors = read_weights(path, f"train stage {stage} first")
+        check_fit(path, tensors, expected, mend=mend, spoilt=spoilt)
+        for name, tensor in tensors.items():
+            is_summed = name in sums and tensor.is_floating_point()
+            sums[name] = sums[name] + tensor if is_summed else sums.get(name, tensor)
     with torch.no_grad():
-        for name, parameter in expected.items():
-            parameter.copy_(tensors[name])
+        for name, tensor in expected.items():
+            tensor.copy_(sums[name] / len(folders) if tensor.is_floating_point() else sums[name])
 
 
 def warm_start(model: SpeechLLM, folder: Path, settings: AdapterSettings) -> None:
@@ -104,25 +115,7 @@ def warm_start(model: SpeechLLM, folder: Path, settings: AdapterSettings) -> Non
 
 def read_weights(path: Path, mend: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint's file. Raises UserError where it is not there (`mend` says what to do) or broken."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; {mend}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: broken ({error}); delete it and train again") from error
-
-
-def _check_fit(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    mend = "use the configuration that this checkpoint was trained with"
-    for word, names in (("lacks", expected.keys() - tensors.keys()), ("has unknown", tensors.keys() - expected.keys())):
-        if names:
-            raise UserError(f"{path}: {word} {len(names)} tensors, such as '{min(names)}'; {mend}")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            shapes = f"{list(tensor.shape)}, but the model has {list(expected[name].shape)}"
-            raise UserError(f"{path}: tensor '{name}' has shape {shapes}; {mend}")
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: tensor '{name}' holds NaN or infinity; go back to an earlier checkpoint")
+    return read_tensors(path, lacking=mend, broken="delete it and train again")
 
 
 def _adapt_encoder(encoder: SpeechEncoder, settings: AdapterSettings | None, embeddings: dict[str, Tensor]) -> None:

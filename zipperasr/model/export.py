@@ -27,7 +27,7 @@ from zipperasr import config, files, languages
 from zipperasr.adapters import AdapterSettings, adapted_layers
 from zipperasr.adapters.base import AdaptedLinear
 from zipperasr.errors import UserError
-from zipperasr.model import LoraSettings, ModelSettings, RunSettings, find_checkpoint
+from zipperasr.model import LoraSettings, ModelSettings, RunSettings, Step, choose_steps
 from zipperasr.model.checkpoint import load_run
 from zipperasr.model.encoder import SpeechEncoder
 from zipperasr.model.parity import NOISE_S, noise_window, parity, recorded_window
@@ -40,10 +40,11 @@ TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "chat_template*", "*.mode
 
 def export(
     run_dir: Path, out: Path, langs: Sequence[str], *, format: Literal["peft", "merged"], dtype=torch.float32,
-    step: int | None = None, recordings: Sequence[Path] = (),
+    step: Step = None, average: int = 1, recordings: Sequence[Path] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Write a run's model (at `step`, by default its latest) for `langs` to the new folder `out`; returns parity.json.
+    """Write a run's model for `langs` to the new folder `out`; returns what is in parity.json.
 
+    step, average: as for choose_steps.
     langs: codes, or "all" for the adapter's. recordings: audio to compare on; seeded noise if there is none.
     Raises UserError, and writes nothing, when `out` exists, a recording cannot be read, a language is unknown, or no
     plain LoRA equals the adapter.
@@ -52,7 +53,11 @@ def export(
         raise UserError(f"{out}: exists already; choose another --out or delete it")
     if format == "peft":
         _require_peft()
-    settings, model = config.load(run_dir / "config.yaml", RunSettings).model, load_run(run_dir, step)
+    settings = config.load(run_dir / "config.yaml", RunSettings).model
+    if settings.init == "random":
+        raise UserError(f"{run_dir}: trained from random weights (model.init), for a trial; there is nothing to export")
+    steps = choose_steps(run_dir, step, average=average)
+    model = load_run(run_dir, steps)
     langs = _resolve(langs, model.encoder, settings)
     recorded = [recorded_window(path, model.encoder) for path in recordings]
     windows = {lang: recorded or [noise_window(seed, model.encoder)] for seed, lang in enumerate(langs)}
@@ -63,7 +68,7 @@ def export(
         _write_projector(model.projector, folder / "projector", dtype)
         report = {
             "run": str(run_dir),
-            "checkpoint": find_checkpoint(run_dir, step).name,
+            "steps": list(steps),
             "format": format,
             "dtype": str(dtype).removeprefix("torch."),
             "audio": [str(path) for path in recordings] or f"{NOISE_S} s of seeded noise",

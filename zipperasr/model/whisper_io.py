@@ -1,22 +1,28 @@
-"""Reading and writing Whisper models in openai-whisper's form, and their encoders in that of transformers."""
+"""Whisper in openai-whisper's form and in that of transformers: what we need of it read, and both forms written.
+
+Of the decoder we need the token embedding alone, whose rows for language tokens describe the languages.
+"""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 import whisper
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from whisper.model import ModelDimensions, Whisper
+from whisper.model import AudioEncoder, Whisper
 from whisper.tokenizer import get_tokenizer
 
 from zipperasr import files
+from zipperasr.data.download.hub import HubModel
 from zipperasr.errors import UserError
+from zipperasr.model.sizes import whisper_dims
+from zipperasr.model.tensors import check_fit, read_tensors
 
 HF_NAMES = (
     ("blocks.", "layers."),
@@ -30,32 +36,47 @@ HF_NAMES = (
     ("mlp.2.", "fc2."),
     ("ln_post.", "layer_norm."),
     ("positional_embedding", "embed_positions.weight"),
+    ("token_embedding.", "embed_tokens."),
 )
-"""Parts of encoder tensors' names in openai-whisper and in transformers; replaced in this order, also backwards."""
+"""Parts of tensors' names in openai-whisper and in transformers; replaced in this order, also backwards."""
+
+TABLE = "decoder.token_embedding.weight"
+AGAIN = "fetch the model again"
+CHOICE = "give a folder, a whole .pt file or a known name"
 
 
 def hf_name(name: str) -> str:
-    """What transformers' WhisperEncoder calls the encoder tensor `name` of openai-whisper."""
+    """What transformers' Whisper calls the tensor `name` of openai-whisper, of the encoder or the token embedding."""
     for ours, theirs in HF_NAMES:
         name = name.replace(ours, theirs)
     return name
 
 
-def load_whisper(name: str) -> tuple[Whisper, dict[str, int]]:
-    """A Whisper model in fp32 on the CPU and its language tokens {lang: token id}.
+def load_whisper(name: str) -> tuple[AudioEncoder, dict[str, Tensor]]:
+    """A Whisper encoder in fp32 on the CPU, and the embedding [D] of each language's token.
 
-    name: a folder written by `save_whisper`, a .pt file of openai-whisper, or one of its model names (downloaded and
-    checked by openai-whisper). Raises UserError when there is no such model or its parts do not fit.
+    name: a folder written by `save_whisper` or by transformers, a .pt file of openai-whisper, one of its model names
+    (fetched, its SHA-256 checked), or a model id of the Hugging Face hub (safetensors only).
+    Raises UserError where there is no such model, or it is not whole, or not a Whisper.
     """
-    if Path(name).is_dir():
-        return _load_folder(Path(name))
-    try:
-        model = whisper.load_model(name, device="cpu")
-    except (RuntimeError, OSError, KeyError, TypeError, UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"Whisper model '{name}': {reason}; give a folder, a whole .pt file or a known name") from error
-    tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages)
-    return model, {lang: tokenizer.to_language_token(lang) for lang in tokenizer.all_language_codes}
+    path = Path(name)
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file() or path.suffix == ".pt":
+        return _from_file(path)
+    if name in whisper.available_models():
+        return _from_file(_fetched(name))
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return _from_folder(HubModel(name).fetch())
+    known = ", ".join(whisper.available_models())
+    raise UserError(f"Whisper model '{name}': no such folder; {CHOICE} ({known}; or one such as openai/whisper-tiny)")
+
+
+def make_encoder(dims: Mapping[str, int]) -> AudioEncoder:
+    """openai-whisper's encoder of these sizes (see sizes.py), on torch's current device."""
+    return AudioEncoder(
+        *(dims[f"n_{key}"] for key in ("mels", "audio_ctx", "audio_state", "audio_head", "audio_layer"))
+    )
 
 
 def save_whisper(
@@ -89,11 +110,89 @@ def save_hf(folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor],
     model.to(dtype).save_pretrained(folder)
 
 
-def _load_folder(folder: Path) -> tuple[Whisper, dict[str, int]]:
-    config = files.read_json(folder / "config.json")
+def _from_folder(folder: Path) -> tuple[AudioEncoder, dict[str, Tensor]]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no model, it has no config.json; {CHOICE}")
+    config = files.read_json(path)
+    is_ours = "dims" in config
+    if not is_ours and config.get("model_type") != "whisper":
+        raise UserError(f"{path}: model_type is '{config.get('model_type')}', not 'whisper'; {CHOICE}")
+    if (activation := config.get("activation_function", "gelu")) != "gelu":
+        raise UserError(f"{path}: activation_function is '{activation}', not Whisper's 'gelu'; {CHOICE}")
     try:
-        model = Whisper(ModelDimensions(**config["dims"]))
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-        return model, config["language_tokens"]
-    except (KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: not a whole Whisper model ({' '.join(str(error).split())[:300]})") from error
+        dims = whisper_dims(config)
+        tokens = config["language_tokens"] if is_ours else _hf_language_tokens(folder, dims["n_vocab"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not that of a whole Whisper ({error}); {AGAIN}") from error
+    return _take(folder, _read(folder), dims, tokens, is_hf=not is_ours)
+
+
+def _from_file(path: Path) -> tuple[AudioEncoder, dict[str, Tensor]]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}")
+        dims, tensors = whisper_dims({"dims": content["dims"]}), content["model_state_dict"]
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, UnpicklingError) as error:
+        raise UserError(
+            f"{path}: no model of openai-whisper ({' '.join(str(error).split())[:300]}); {CHOICE}"
+        ) from error
+    return _take(path, tensors, dims, _language_tokens(dims["n_vocab"]))
+
+
+def _take(
+    where: Path, tensors: Mapping[str, Tensor], dims: dict[str, int], tokens: dict[str, int], *, is_hf: bool = False
+) -> tuple[AudioEncoder, dict[str, Tensor]]:
+    """The encoder and the languages' embeddings out of a Whisper's tensors; `where` is named in errors."""
+    with torch.device("meta"):
+        encoder, table = make_encoder(dims), torch.empty(dims["n_vocab"], dims["n_audio_state"])
+    wanted = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()} | {TABLE: table}
+    theirs = {name: hf_name(name) if is_hf else name for name in wanted}
+    found = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    found = {name: t for name, t in found.items() if name.startswith("encoder.") or name == theirs[TABLE]}
+    check_fit(where, found, {theirs[name]: tensor for name, tensor in wanted.items()}, mend=AGAIN, spoilt=AGAIN)
+    if outside := [lang for lang, token in tokens.items() if not 0 <= token < dims["n_vocab"]]:
+        raise UserError(f"{where}: the token of '{outside[0]}' is {tokens[outside[0]]}, of {dims['n_vocab']}; {AGAIN}")
+    ours = {name: found[theirs[name]].to(torch.float32, copy=True) for name in wanted}
+    table = ours.pop(TABLE)
+    encoder.load_state_dict({name.removeprefix("encoder."): t for name, t in ours.items()}, assign=True)
+    return encoder, {lang: table[token].clone() for lang, token in tokens.items()}
+
+
+def _read(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, from one file or several."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    paths = [whole]
+    if index.is_file() and not whole.is_file():
+        paths = [folder / name for name in sorted(set(files.read_json(index).get("weight_map", {}).values()))]
+    pickled = "pickled weights are not read, but transformers can load them and save this"
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        tensors |= read_tensors(path, lacking=f"{AGAIN} ({pickled})", broken=AGAIN)
+    return tensors
+
+
+def _hf_language_tokens(folder: Path, num_tokens: int) -> dict[str, int]:
+    path = folder / "generation_config.json"
+    tokens = files.read_json(path).get("lang_to_id") if path.is_file() else None
+    return {name.strip("<|>"): token for name, token in tokens.items()} if tokens else _language_tokens(num_tokens)
+
+
+def _language_tokens(num_tokens: int) -> dict[str, int]:
+    """Where openai-whisper has its languages in a vocabulary of this size; none in one smaller than Whisper's."""
+    is_multilingual = num_tokens >= 51_865
+    tokenizer = get_tokenizer(is_multilingual, num_languages=num_tokens - 51_765 - is_multilingual)
+    return {lang: tokenizer.to_language_token(lang) for lang in tokenizer.all_language_codes}
+
+
+def _fetched(name: str) -> Path:
+    """The file of a model that openai-whisper knows, where that looks for it; UserError if its SHA-256 is another."""
+    from zipperasr.data.download import archives
+    from zipperasr.data.download.clients import WhisperModel
+
+    model = WhisperModel(name)
+    if not model.path.is_file():
+        model.run()
+    archives.verify(model.path, model.archive)
+    return model.path

@@ -139,7 +139,7 @@ class WhisperModel:
 
     def run(self) -> None:
         progress = Progress("fetch", total=self.archive.size or 0, initial=fetch.num_fetched(self.path))
-        with progress.bar, files.lock(self.folder / FOLDER):
+        with progress.bar, files.lock(self.folder / FOLDER, wait=True):  # all ranks of a training may want it
             parts.fetch_verified(self.archive, self.path, progress=progress)
         files.mark_done(self.folder, self.archive.digest, name=self._marker)
         print(f"{self.path}: complete")

@@ -17,6 +17,8 @@ from zipperasr.errors import UserError
 
 TEXTS = ("*.json", "*.jsonl", "*.tsv", "*.md", "*.txt")
 """Of a corpus on the hub, these are fetched whatever language they are of: one list may serve all."""
+MODEL_FILES = ("*.json", "*.txt", "*.model", "model.safetensors", "model-*-of-*.safetensors")
+"""Of the forms in which a model is on the hub, the one that is read here, and its tokenizer."""
 TARS = (".tar", ".tar.gz", ".tgz")
 
 HUB_WORDS = {
@@ -64,16 +66,16 @@ class HubModel:
         self.fetch()
         print(f"{self.repo}: complete")
 
-    def fetch(self) -> None:
-        """Fetch what is not there yet. Raises UserError saying why it cannot be had."""
+    def fetch(self) -> Path:
+        """The folder with all of it, once what is missing is fetched. Raises UserError saying why it cannot be had."""
         with in_our_words(self.repo, HUB_WORDS):
-            self._snapshot()
+            return Path(self._snapshot())
 
     def _snapshot(self, **more):
         from huggingface_hub import snapshot_download
 
         common = {"repo_type": self.kind, "endpoint": self.endpoint, "max_workers": self.nj}
-        return snapshot_download(self.repo, **common, **more)
+        return snapshot_download(self.repo, **{"allow_patterns": MODEL_FILES, **common, **more})
 
 
 @dataclass(frozen=True)
