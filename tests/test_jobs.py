@@ -7,34 +7,57 @@ from pathlib import Path
 import pytest
 
 from zipperasr.cli.main import main
+from zipperasr.training.launch import FAILED_ON_A_NODE, STOPPED
 
 ROOT = Path(__file__).resolve().parents[1]
 SBATCH = r"""#!/usr/bin/env bash
-# What Slurm does with an array, one task after the other; notes its options.
+# What Slurm does with a job or an array, one task after the other; notes its options.
 printf '%s\n' "$@" >"$NOTES"
 cat >"$NOTES.script"
-status=0
+echo 17
+status=0 tasks=('') mode='' SLURM_JOB_ID=17 SLURM_JOB_NUM_NODES=1
 for arg in "$@"; do
   case $arg in
-    --array=1-*) last=${arg#--array=1-} ;;
+    --array=1-*) mapfile -t tasks < <(seq "${arg#--array=1-}") ;;
     --output=*) output=${arg#--output=} ;;
+    --open-mode=append) mode=append ;;
+    --nodes=*) SLURM_JOB_NUM_NODES=${arg#--nodes=} ;;
+    --cpus-per-task=*) export SLURM_CPUS_PER_TASK=${arg#--cpus-per-task=} ;;
   esac
 done
-for ((task = 1; task <= last; task++)); do
-  SLURM_ARRAY_TASK_ID=$task bash "$NOTES.script" >"${output//%a/$task}" 2>&1 </dev/null || status=$?
+export SLURM_JOB_ID SLURM_JOB_NUM_NODES
+for task in "${tasks[@]}"; do
+  [ -z "$task" ] || export SLURM_ARRAY_TASK_ID=$task
+  log=${output//%a/$task}
+  [ -n "$mode" ] || rm -f "$log"
+  bash "$NOTES.script" >>"$log" 2>&1 </dev/null || status=$?
 done
 exit $status
+"""
+SRUN = r"""#!/usr/bin/env bash
+# A task on each node, one after the other; the status is the highest of theirs.
+printf '%s\n' "$@" >"$NOTES.srun"
+while [[ $1 == -* ]]; do shift; done
+status=0
+for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
+  SLURM_NODEID=$node "$@" || { now=$?; status=$((now > status ? now : status)); }
+done
+exit $status
+"""
+SCONTROL = """#!/usr/bin/env bash
+echo "$*" >"$NOTES.scontrol"
 """
 
 
 @pytest.fixture
 def runner(request, tmp_path):
-    """A function that runs a command by utils/<runner>.sh, with a stand-in for sbatch."""
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text(SBATCH)
-    sbatch.chmod(0o755)
-    env = {**os.environ, "PATH": f"{sbatch.parent}:{os.environ['PATH']}", "NOTES": str(tmp_path / "notes")}
+    """A function that runs a command by utils/<runner>.sh, with stand-ins for Slurm's commands."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, script in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
+        (folder / name).write_text(script)
+        (folder / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "NOTES": str(tmp_path / "notes")}
     script, *options = request.param
 
     def run(*args: str) -> subprocess.CompletedProcess:
@@ -67,7 +90,15 @@ def test_a_failed_job_is_said_and_the_others_run(runner, tmp_path):
 
 
 @both
-@pytest.mark.parametrize("args", [(), ("JOB=1:0", "log", "true"), ("JOB=1:2", "log"), ("log", "true")])
+def test_one_job_adds_its_output_to_the_log(runner, tmp_path):
+    (tmp_path / "x.log").write_text("before\n")
+    assert runner("x.log", "bash", "-c", 'echo "$PWD: $1"', "-", "JOB; it's $HOME *").returncode == 0
+    assert (tmp_path / "x.log").read_text() == f"before\n{tmp_path}: JOB; it's $HOME *\n"
+    assert runner("x.log", "bash", "-c", "exit 3").returncode != 0
+
+
+@both
+@pytest.mark.parametrize("args", [(), ("JOB=1:0", "log", "true"), ("JOB=1:2", "log"), ("log",)])
 def test_wrong_use_is_one_line(runner, args):
     result = runner(*args)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
@@ -79,6 +110,37 @@ def test_slurm_gets_one_array_and_its_options(runner, tmp_path):
     assert runner("JOB=1:5", "x.JOB.log", "true").returncode == 0
     notes = (tmp_path / "notes").read_text().splitlines()
     assert {"--wait", "--array=1-5", "--output=x.%a.log", "--partition=cpu", "--comment=a b"} <= set(notes)
+
+
+@pytest.mark.parametrize("runner", [("run_slurm.sh", "--nodes=2", "--cpus-per-task=8")], indirect=True)
+def test_one_job_runs_once_on_each_node_with_all_its_cpus(runner, tmp_path):
+    assert runner("x.log", "bash", "-c", 'echo "node $SLURM_NODEID"').returncode == 0
+    assert (tmp_path / "x.log").read_text() == "node 0\nnode 1\n"
+    notes = (tmp_path / "notes.srun").read_text().splitlines()
+    assert {"--ntasks-per-node=1", "--kill-on-bad-exit=1", "--cpus-per-task=8"} <= set(notes)
+
+
+REQUEUING = ("run_slurm.sh", "--nodes=2", "--requeue")
+
+
+@pytest.mark.parametrize(
+    ("runner", "statuses", "is_requeued"),
+    [
+        (REQUEUING, (STOPPED, STOPPED), True),
+        (REQUEUING[:2], (STOPPED, STOPPED), False),
+        (REQUEUING, (0, 0), False),
+        (REQUEUING, (STOPPED, FAILED_ON_A_NODE), False),  # one failed, and the other was ended for it
+        (REQUEUING, (1, 1), False),
+    ],
+    indirect=["runner"],
+)
+def test_a_job_that_was_stopped_is_requeued_if_asked_and_one_that_failed_is_not(
+    runner, tmp_path, statuses, is_requeued
+):
+    result = runner("x.log", "bash", "-c", 'shift "$SLURM_NODEID"; exit "$1"', "-", *map(str, statuses))
+    assert (result.returncode == 0) == (not any(statuses))
+    asked = tmp_path / "notes.scontrol"
+    assert (asked.exists() and asked.read_text() == "requeue 17\n") == is_requeued
 
 
 def shown(capsys, *more: str) -> list[tuple[str, str]]:

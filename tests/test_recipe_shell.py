@@ -33,6 +33,9 @@ def run(*args: str, cwd: Path = ROOT, script: Path = RUN) -> subprocess.Complete
         (["--nj", "0"], "--nj and --num-jobs take a number above 0, not '0'"),
         (["--num-jobs", "x"], "--nj and --num-jobs take a number above 0, not 'x'"),
         (["--ngpu", "all"], "--ngpu 'all' is not a number"),
+        (["--ngpu", "99"], "--ngpu 99, but this machine has "),
+        (["--hostfile", "no-such-file"], "no hostfile 'no-such-file'"),
+        (["--hostfile", "README.md", "--stage", "4"], "say with --ngpu how many GPUs each node has"),
         (["--conf", "nano"], "no configuration 'nano'; give a file, or one of: mini.yaml paper.yaml"),
         (["--method", "zipper", "--stage", "8"], "known methods: vanilla, flylora, independent"),
     ],
@@ -46,7 +49,7 @@ def test_a_wrong_option_is_one_line_and_status_1(args, message):
 def test_help_lists_every_option():
     result = run("--help")
     assert result.returncode == 0
-    options = "stage stop-stage conf method encoder data-dir exp-dir ngpu nj num-jobs".split()
+    options = "stage stop-stage conf method encoder data-dir exp-dir ngpu hostfile nj num-jobs".split()
     assert all(f"--{option} " in result.stdout for option in options)
 
 

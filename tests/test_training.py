@@ -132,7 +132,7 @@ def test_a_language_absent_from_a_step_is_left_alone_by_momentum_and_decay(recip
     for _ in range(9):
         (batch,) = next(batches)
         before = optimizer_state(trainer)
-        trainer._step([batch], is_stopping=False)
+        trainer._step(iter([[batch]]))
         after = optimizer_state(trainer)
         assert set(after) == {None, "de", "th"}
         for lang in after:
@@ -149,10 +149,10 @@ def test_every_method_learns_and_goes_on_after_an_interruption(recipe, stage1, t
     assert main(recipe.train(2, tmp_path / "whole", *more)) == 0
     step = Trainer._step
 
-    def interrupted(trainer, batches, *, is_stopping):
+    def interrupted(trainer, batches):
         if trainer.state.step == 3:
             raise KeyboardInterrupt
-        return step(trainer, batches, is_stopping=is_stopping)
+        return step(trainer, batches)
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "_step", interrupted)

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend: bad data, bad configuration, a full disk."""
+"""The exceptions for what a user can mend: bad data, bad configuration, a full disk."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints the message without a traceback and exits with status 1.
     """
+
+
+class AlreadySaid(UserError):
+    """Another process of the same training fails too, and says why; the command line exits with status 1."""

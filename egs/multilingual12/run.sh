@@ -16,9 +16,10 @@ method=zipper_soft  # encoder adapter of Stage 2: one, several as vanilla,zipper
 encoder=full        # context of the encoder: full or chunked
 data_dir=           # corpora, manifests, lists, features (default: data; data/paper for the paper's)
 exp_dir=            # runs and report (default: exp/<conf>)
-ngpu=               # GPUs (default: 1 if there is any, else 0)
+ngpu=               # GPUs of each node (default: 1 if there is any, else 0)
+hostfile=           # train on these nodes, by DeepSpeed's launcher: lines "<host> slots=<GPUs>" (for Slurm, see cmd.sh)
 nj=                 # processes of a job (default: one per core)
-num_jobs=1          # jobs that stages 1 and 3 are split into; cmd.sh says where they run
+num_jobs=1          # jobs that stages 1, 3, 5 and 7 are split into; cmd.sh says where they run
 
 here=$(dirname "$(readlink -f "$0")")
 . "$here/utils/parse_options.sh"
@@ -35,8 +36,9 @@ for number in "$stage" "$stop_stage"; do
 done
 ((stage <= stop_stage)) || fail "--stage $stage comes after --stop-stage $stop_stage"
 [[ $encoder =~ ^(full|chunked)$ ]] || fail "unknown encoder '$encoder'; known: full, chunked"
-: "${ngpu:=$(nvidia-smi --list-gpus 2>/dev/null | head -n 1 | wc -l)}" "${nj:=$(env -u OMP_NUM_THREADS nproc)}"
-[[ $ngpu =~ ^[0-9]+$ ]] || fail "--ngpu '$ngpu' is not a number"
+: "${nj:=$(env -u OMP_NUM_THREADS nproc)}"
+[[ $ngpu =~ ^[0-9]*$ ]] || fail "--ngpu '$ngpu' is not a number"
+[ -z "$hostfile" ] || [ -f "$hostfile" ] || fail "no hostfile '$hostfile'"
 for number in "$nj" "$num_jobs"; do
   [[ $number =~ ^[1-9][0-9]*$ ]] || fail "--nj and --num-jobs take a number above 0, not '$number'"
 done
@@ -49,14 +51,22 @@ fi
 name=$(basename "$conf" .yaml)
 data_dir=$(absolute "$data_dir")
 exp_dir=$(absolute "$exp_dir")
+hostfile=$(absolute "$hostfile")
 
 cd "$here"
 . ./path.sh
 . ./cmd.sh
 case $name in mini) : "${data_dir:=data}" ;; *) : "${data_dir:=data/${name%%_*}}" ;; esac
 : "${exp_dir:=exp/$name}"
-[ "$ngpu" -gt 0 ] || export CUDA_VISIBLE_DEVICES=
+gpus_here=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
+if [ -z "$hostfile" ] && [[ $train_cmd == *run_local.sh ]]; then
+  ((${ngpu:=$((gpus_here > 0))} <= gpus_here)) ||
+    fail "--ngpu $ngpu, but this machine has $gpus_here GPUs; give --ngpu $gpus_here, or other nodes (--hostfile, cmd.sh)"
+fi
+[ -n "$ngpu" ] || ((stage > 7 || stop_stage < 4)) || fail "say with --ngpu how many GPUs each node has"
+((${ngpu:=0})) || export CUDA_VISIBLE_DEVICES=
 ranks=$((ngpu > 0 ? ngpu : 2))  # of training; on a CPU always two, so that results do not depend on the machine
+share=$( ((num_jobs == 1)) && echo 1/1 || echo "JOB/$num_jobs")
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 methods=${method//,/ }
 [ "$method" != all ] || methods=$(zipperasr show methods --conf "$conf")
@@ -89,21 +99,31 @@ end() {
 }
 
 train() {  # <stage 1 or 2> <run> [option ...]
-  zipperasr train --conf "$conf" --stage "$1" --run-dir "$exp_dir/$2" --data-dir "$data_dir" --ranks "$ranks" \
-    "${@:3}" "model.encoder.context=$encoder"
+  $train_cmd "$exp_dir/log/stage$current.log" zipperasr train --conf "$conf" --stage "$1" --run-dir "$exp_dir/$2" \
+    --data-dir "$data_dir" --ranks "$ranks" ${hostfile:+--hostfile "$hostfile"} "${@:3}" "model.encoder.context=$encoder"
 }
 
-spread() {  # <command with the word JOB>: as it is, or --num-jobs times by $data_cmd
+spread() {  # <runner of cmd.sh> <command, with $share if it has one>: as one job, or as --num-jobs
+  local log=$exp_dir/log/stage$current
   if ((num_jobs == 1)); then
-    "${@//JOB/1}"
+    $1 "$log.log" "${@:2}"
   else
-    $data_cmd JOB=1:"$num_jobs" "$exp_dir/log/stage$current.JOB.log" "$@"
+    $1 JOB=1:"$num_jobs" "$log.JOB.log" "${@:2}"
+  fi
+}
+
+share_out() {  # <runner of cmd.sh> <command that takes --share>: as one job, or as --num-jobs and one that ends their work
+  if ((num_jobs == 1)); then
+    spread "$@"
+  else
+    spread "$@" --share "$share"
+    "${@:2}"
   fi
 }
 
 decode_and_score() {  # <run>
   local run=$exp_dir/$1
-  zipperasr decode --run-dir "$run" --data-dir "$data_dir" --nj "$nj" --sets "${sets[@]}"
+  share_out "$decode_cmd" zipperasr decode --run-dir "$run" --data-dir "$data_dir" --nj "$nj" --sets "${sets[@]}"
   local/score.sh "${sets[@]/#/$run/decode_}"
 }
 
@@ -116,7 +136,7 @@ if begin 0 "corpora and pretrained models"; then
 fi
 
 if begin 1 "manifests"; then
-  spread local/prepare.sh "$conf" "$data_dir" "$nj" "JOB/$num_jobs"
+  spread "$data_cmd" local/prepare.sh "$conf" "$data_dir" "$nj" "$share"
   zipperasr validate --conf "$conf" --data-dir "$data_dir" --nj "$nj"
   echo "  what was kept and what was dropped: $data_dir/manifests/REPORT.md" >&3
 fi
@@ -127,8 +147,7 @@ if begin 2 "utterance lists"; then
 fi
 
 if begin 3 "features"; then
-  ((num_jobs == 1)) || spread zipperasr features --conf "$conf" --data-dir "$data_dir" --nj "$nj" --share "JOB/$num_jobs"
-  zipperasr features --conf "$conf" --data-dir "$data_dir" --nj "$nj"
+  share_out "$data_cmd" zipperasr features --conf "$conf" --data-dir "$data_dir" --nj "$nj"
 fi
 
 if begin 4 "Stage-1 training"; then

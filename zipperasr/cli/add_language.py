@@ -19,8 +19,7 @@ from zipperasr.cli.train import begin_and_train
 from zipperasr.data import lists
 from zipperasr.errors import UserError
 from zipperasr.model import WEIGHTS
-from zipperasr.training import runs
-from zipperasr.training.launch import launch
+from zipperasr.training import launch, runs
 
 if TYPE_CHECKING:
     from zipperasr.model.speech_llm import SpeechLLM
@@ -34,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", required=True, type=Path)
     parser.add_argument("--bank", choices=BEGINS, default="nearest", help="what it begins with (default: %(default)s)")
     parser.add_argument("--conf", help="YAML file that has the setting, if the base's config.yaml has not")
-    parser.add_argument("--ranks", type=int, default=1, help="processes that share each batch (default: 1)")
+    launch.add_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values laid over the base's configuration")
 
 
@@ -44,15 +43,15 @@ def run(args: argparse.Namespace) -> int:
     base = _base(args)
     whole = _with_language(args, base)
     _check_lists(args)
-    is_rank = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if not is_rank:  # before training: what the proof needs is missed at once
+    proves = not launch.is_rank() and launch.is_first_node()
+    if proves:  # before training: what the proof needs is missed at once
         setting, langs = base.training.stage2.setting, base.model.adapter.langs
         utterances = add_language.choose(args.data_dir, setting, langs, whole.data.features)
-    if args.ranks == 1 or is_rank:
+    if not launch.is_needed(args):
         begin_and_train(args, whole, begin=_begin, build_model=_model)
-    elif status := launch(sys.argv[1:], num_ranks=args.ranks):
+    elif status := launch.launch(sys.argv[1:], num_ranks=args.ranks, hostfile=args.hostfile):
         return status
-    if not is_rank:
+    if proves:
         print(add_language.prove(args.run_dir, args.base, utterances, whole.model.encoder))
     return 0
 

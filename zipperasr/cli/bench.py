@@ -3,20 +3,25 @@
 adapters: every adapter method on a linear layer, beside the frozen layer and PEFT, and perhaps in a whole encoder.
 features: log-mel extraction beside Lhotse's and the feature extractor of transformers.
 data: reading, validating, selecting from and packing a synthetic corpus, and how long training takes to start with it.
+train: whole training steps at a given size, beside padded rows and what a user would write.
 """
 
 import argparse
 import importlib
 from pathlib import Path
 
-import zipperasr
-from zipperasr.bench import ENCODERS
+from zipperasr.adapters import REGISTRY
+from zipperasr.bench import LENGTHS, MINI, SIZES
+from zipperasr.model.sizes import QWEN3, WHISPER
 
-TOKENIZER = Path(zipperasr.__file__).parents[1] / "egs" / "multilingual12" / "pretrained" / "mini" / "lm"
 BENCHMARKS = {
     "adapters": ("sizes", "langs", "tokens", "rounds", "encoder", "threads"),
     "features": ("rounds",),
     "data": ("cuts", "tokenizer"),
+    "train": (
+        *("size", "encoder", "llm", "stage", "method", "baselines", "context", "rows", "tokens_per_row", "lengths"),
+        *("recompute_encoder", "recompute_llm", "rounds", "threads"),
+    ),
 }  # file of zipperasr/bench -> its options
 
 
@@ -35,15 +40,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="widths of the layer (default: 1280x1280 1280x5120)",
     )  # fmt: skip
     parser.add_argument(
-        "--encoder", choices=[*ENCODERS, "none"], help="also a whole encoder (default: large-v3 on a GPU, else none)"
-    )
+        "--encoder", choices=[*WHISPER, "none"],
+        help="adapters: also a whole encoder (default: large-v3 on a GPU, else none); train: in place of the size's",
+    )  # fmt: skip
     parser.add_argument("--cuts", type=_positive, default=2_000_000, help="of the synthetic corpus (default: 2000000)")
     parser.add_argument(
-        "--tokenizer", default=str(TOKENIZER), help="folder or Hugging Face model id (default: that of the mini recipe)"
+        "--tokenizer",
+        default=str(MINI / "lm"),
+        help="folder or Hugging Face model id (default: that of the mini recipe)",
     )
+    train = parser.add_argument_group("train")
+    train.add_argument("--size", choices=SIZES, default="mini", help="the models' shapes (default: mini)")
+    train.add_argument("--llm", choices=QWEN3, help="in place of the size's")
+    train.add_argument("--stage", type=int, choices=(1, 2), default=2, help="what is trained (default: 2)")
+    train.add_argument(
+        "--method", nargs="+", choices=REGISTRY, help="of stage 2 (default: zipper_soft on a GPU, else all)"
+    )
+    train.add_argument(
+        "--baselines", action=argparse.BooleanOptionalAction,
+        help="also what ours is compared with (default: on a CPU at size mini)",
+    )  # fmt: skip
+    train.add_argument("--context", choices=("full", "chunked"), default="full", help="of the encoder (default: full)")
+    train.add_argument("--rows", type=_positive, help="of a batch (default: the paper's on a GPU, else 12)")
+    train.add_argument("--tokens-per-row", type=_positive, help="at most (default: 2048 on a GPU, else 192)")
+    train.add_argument(
+        "--lengths",
+        choices=LENGTHS,
+        default="commonvoice",
+        help="the corpus that utterances last as in (default: commonvoice)",
+    )
+    for part in ("encoder", "llm"):
+        train.add_argument(
+            f"--recompute-{part}", type=_share, default=0.0, help="share of its blocks, 0 to 1 (default: 0)"
+        )
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.benchmark == "train":
+        from zipperasr.training.process import prepare_process
+
+        prepare_process()
     benchmark = importlib.import_module(f"zipperasr.bench.{args.benchmark}")
     report = benchmark.run(**{option: getattr(args, option) for option in BENCHMARKS[args.benchmark]})
     print(report.text())
@@ -55,6 +91,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a share from 0 to 1")
+    return share
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from zipperasr import files
-from zipperasr.errors import UserError
+from zipperasr.errors import AlreadySaid, UserError
 
 VERBS = {
     "check-config": "check a configuration and print it whole",
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_help(), flush=True)
             return 0 if argv else 2
         return _run(argv[0], argv[1:])
+    except AlreadySaid:
+        return 1
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,7 @@ from zipperasr import files
 from zipperasr.cli import recipe
 from zipperasr.errors import UserError
 from zipperasr.model import WEIGHTS
-from zipperasr.training import runs
-from zipperasr.training.launch import launch
+from zipperasr.training import launch, runs
 
 if TYPE_CHECKING:
     from zipperasr.model.speech_llm import SpeechLLM
@@ -28,15 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", required=True, type=Path)
     parser.add_argument("--run-dir", required=True, type=Path, help="written: config.yaml, log.jsonl, checkpoints, ...")
     parser.add_argument("--init", type=Path, help="run directory of stage 1, for stage 2")
-    parser.add_argument(
-        "--ranks", type=int, default=1, help="processes that share each batch, as many as GPUs (default: 1)"
-    )
+    launch.add_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values laid over the configuration")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.ranks > 1 and "RANK" not in os.environ:
-        return launch(sys.argv[1:], num_ranks=args.ranks)
+    if launch.is_needed(args):
+        return launch.launch(sys.argv[1:], num_ranks=args.ranks, hostfile=args.hostfile)
     if (args.stage == 2) != (args.init is not None):
         raise UserError("--stage 2 begins from a stage-1 run: give its directory with --init (and stage 1 takes none)")
     whole = recipe.load(args.conf, overrides=args.overrides)
@@ -106,13 +104,15 @@ def _model(args: argparse.Namespace, whole: recipe.Config) -> SpeechLLM:
 
 
 def _trainer(args: argparse.Namespace, whole: recipe.Config, build_model: Callable) -> Trainer:
+    from zipperasr.training.process import prepare_process
+
+    prepare_process()  # before the imports below, which import DeepSpeed
     import torch
 
     from zipperasr.data.packing import load_examples
-    from zipperasr.training.engine import prepare_process
+    from zipperasr.decoding.errors import count_errors
     from zipperasr.training.trainer import Trainer
 
-    prepare_process()
     settings = getattr(whole.training, f"stage{whole.stage}")
     torch.manual_seed(settings.seed)  # of fresh parameters
     model = build_model(args, whole)
@@ -138,4 +138,7 @@ def _trainer(args: argparse.Namespace, whole: recipe.Config, build_model: Callab
         spec_augment=whole.data.features.spec_augment,
         encoder=whole.model.encoder,
         run_dir=args.run_dir,
+        count_errors=partial(
+            count_errors, encoder=whole.model.encoder, decoding=whole.decoding, profile=whole.scoring.profile
+        ),
     )

@@ -24,11 +24,11 @@ from zipperasr.errors import UserError
 STOPPED = 75
 """Exit status after SIGTERM (EX_TEMPFAIL): saved; run again, it goes on. utils/run_slurm.sh requeues such a job."""
 FAILED_ON_A_NODE = 76
-"""Exit status when a rank of one of several nodes fails. srun ends the other nodes by SIGTERM, and its own status is the
+"""Exit status when a rank of several nodes fails. srun then ends the others by SIGTERM, and its own status is the
 highest of all: above STOPPED, so that the job is not requeued."""
 SAVING_S = 900
 """How long ranks that were asked to stop may take to save."""
-CARRIED = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+CARRIED = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 """Variables that ranks on other hosts get too, beside those of Python and NCCL, which DeepSpeed carries."""
 
 
@@ -58,9 +58,9 @@ def is_first_node() -> bool:
 def launch(argv: Sequence[str], *, num_ranks: int, hostfile: Path | None = None, meet_s: int = 300) -> int:
     """Run `zipperasr` with `argv` as `num_ranks` ranks on every node, and return its exit status.
 
-    When one rank fails it has said why; the others are ended, and the status is 1 (or FAILED_ON_A_NODE). SIGTERM and SIGINT reach every rank,
-    and are waited for; the status is then STOPPED, or 130. Raises UserError when there are fewer GPUs than ranks, when
-    a host cannot be reached, and when not every node's launcher has come after `meet_s` seconds.
+    When one rank fails it has said why; the others are ended, and the status is 1, or FAILED_ON_A_NODE. SIGTERM and
+    SIGINT reach every rank, and are waited for; the status is then STOPPED, or 130. Raises UserError where there are
+    fewer GPUs than ranks, and when a host cannot be reached or a node's launcher has not come within `meet_s` seconds.
     """
     if hostfile:
         return _launch_on_hosts(argv, num_ranks=num_ranks, hostfile=hostfile)
@@ -90,6 +90,8 @@ def launch(argv: Sequence[str], *, num_ranks: int, hostfile: Path | None = None,
     except ChildFailedError:
         return 1 if nodes.num == 1 else FAILED_ON_A_NODE
     except SignalException as stopped:
+        for number in (signal.SIGTERM, signal.SIGINT):  # srun sends another one when the first node is through
+            signal.signal(number, signal.SIG_IGN)
         return 130 if stopped.sigval == signal.SIGINT else STOPPED
     except torch.distributed.DistError as error:
         reason = str(error).partition("\n")[0]
@@ -163,7 +165,7 @@ def _launch_on_hosts(argv: Sequence[str], *, num_ranks: int, hostfile: Path) -> 
     rank += ["-m", "zipperasr.cli", *argv]
     options = ["--hostfile", str(hostfile), "--num_gpus", str(num_ranks), "--force_multi", "--no_ssh_check", "--quiet"]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *options, "--no_local_rank", "--no_python", "env"]
-    command += [text if " " in text else shlex.quote(text) for text in rank]  # it quotes those with spaces itself
+    command += map(_quoted, rank)
     process = subprocess.Popen(command, start_new_session=True)  # a terminal's Ctrl-C reaches it once, through us
     asked = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -172,6 +174,11 @@ def _launch_on_hosts(argv: Sequence[str], *, num_ranks: int, hostfile: Path) -> 
     if asked:
         return 130 if asked[0] == signal.SIGINT else STOPPED
     return 1 if status else 0
+
+
+def _quoted(text: str) -> str:
+    """`text` as the hosts' shells read it back; around what has spaces, DeepSpeed puts double quotes itself."""
+    return re.sub(r"([\\$`])", r"\\\1", text) if " " in text else shlex.quote(text)
 
 
 def _read_hostfile(path: Path, num_ranks: int) -> list[str]:

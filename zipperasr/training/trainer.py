@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, distributed, nn
@@ -25,7 +25,7 @@ from zipperasr.data.augment import SpecAugmentSettings
 from zipperasr.data.loader import load_batches
 from zipperasr.data.packing import Batch, Example, PackingSettings, Plan, pack
 from zipperasr.data.utterances import Utterance
-from zipperasr.errors import UserError
+from zipperasr.errors import AlreadySaid, UserError
 from zipperasr.model import EncoderSettings
 from zipperasr.model.cost import Load, Shape, flops
 from zipperasr.model.speech_llm import SpeechLLM
@@ -46,11 +46,10 @@ CountErrors = Callable[[SpeechLLM, Sequence[Utterance]], Mapping[str, tuple[int,
 
 
 @dataclass(frozen=True)
-class Totals:
-    """Sums over all micro-batches of all ranks."""
+class Counts:
+    """Sums over all micro-batches of all ranks, of what is known without waiting for a GPU."""
 
-    losses: dict[str, float]
-    num_targets: dict[str, float]  # tokens that the loss covers
+    num_targets: dict[str, float]  # tokens that the loss covers, by language
     num_tokens: float  # LLM positions
     audio_s: float
     flops: float  # useful ones
@@ -59,17 +58,9 @@ class Totals:
     num_using: dict[str, float]  # ranks on which the language's own parameters got a gradient
 
     @property
-    def loss(self) -> float:
-        return sum(self.losses.values()) / sum(self.num_targets.values())
-
-    @property
     def resting(self) -> set[str]:
         """Languages whose own parameters nothing in the global batch used."""
         return {lang for lang, num_using in self.num_using.items() if not num_using}
-
-    @property
-    def loss_per_lang(self) -> dict[str, float]:
-        return {lang: self.losses[lang] / n for lang, n in self.num_targets.items() if n}
 
 
 class Trainer:
@@ -98,13 +89,14 @@ class Trainer:
         self.engine = engine.start(model, settings)
         self.rank, self.num_ranks = self.engine.global_rank, self.engine.world_size
         is_cuda = self.engine.device.type == "cuda"
+        self.cpu_group = distributed.new_group(backend="gloo") if is_cuda and self.num_ranks > 1 else None
         self.peak_tflops = peak_tflops(torch.cuda.get_device_name(self.engine.device)) if is_cuda else None
         self.parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
         self.own = adapters.language_parameters(self.engine.module)
         self.balances = any(layer.balances for layer in adapters.adapted_layers(self.engine.module).values())
         self.langs = sorted({x.utterance.lang for x in chain(train, dev)})
         self.train, self.dev = train, dev
-        self.is_alarmed = False
+        self.is_alarmed, self.stop = False, StopSignal()
         rows = pack(train, seed=settings.seed, max_tokens=packing.max_tokens_per_row, lookahead=packing.lookahead)
         trial = memory.Trial(self.engine, train, rows, encoder)
         self.state = checkpoints.newest(run_dir) or self._new_state(trial)
@@ -137,14 +129,12 @@ class Trainer:
         settings, state = self.settings, self.state
         log = RunLog(self.run_dir, start=state.step, total=self.total_steps, every=settings.log_every, rank=self.rank)
         batches = closing(self._batches(range(state.step, self.total_steps)))  # closing ends the loader's workers
-        with log, batches as batches, StopSignal() as stop:
+        with log, batches as batches, self.stop:
             log.say(*self._plan_in_words())
             while state.step < self.total_steps:
                 began = time.monotonic()
-                mine = next(batches)
-                waited_s = time.monotonic() - began
-                totals, row = self._step(mine, is_stopping=stop.is_set)
-                row |= self._speed(totals, time.monotonic() - began, waited_s)
+                counts, row = self._step(batches)
+                row |= self._speed(counts, time.monotonic() - began, row.pop("waited_s"))
                 is_last = state.step == self.total_steps
                 state.dev = None
                 if is_last or (settings.dev_every and state.step % settings.dev_every == 0):
@@ -152,14 +142,14 @@ class Trainer:
                     state.dev = row.get("dev_error", row.get("dev_loss"))
                 log.write(row)
                 log.say(*self._alarm())
-                state.audio_s += totals.audio_s
+                state.audio_s += counts.audio_s
                 state.wall_s += time.monotonic() - began
                 is_rated = settings.keep_best and state.dev is not None
-                if is_last or totals.num_stopping or is_rated or state.step % settings.save_every == 0:
+                if is_last or counts.num_stopping or is_rated or state.step % settings.save_every == 0:
                     self._save()
-                if totals.num_stopping and not is_last:
+                if counts.num_stopping and not is_last:
                     self._wait()
-                    raise UserError(f"{self.run_dir}: stopped, saved at step {state.step}; run it again to go on")
+                    self._stop(f"stopped, saved at step {state.step}; run it again to go on")
         self._wait()
         if self.rank == 0:
             self._finish()
@@ -179,8 +169,7 @@ class Trainer:
         plan = Plan(rows, self.state.rows_per_batch, self.num_ranks, self.settings.seed)
         batches = self._load(self.dev, plan, range(plan.steps_per_epoch))
         losses = [(b, self.engine.module(b.to(self.engine.device), chunk_s).utt_loss) for b in batches if b.ids]
-        totals = self._sum_over_ranks(losses)
-        return {"dev_loss": totals.loss, "dev_loss_per_lang": totals.loss_per_lang}
+        return {f"dev_{name}": value for name, value in self._losses(losses, self._count(losses).num_targets).items()}
 
     def _dev_error(self) -> dict[str, Any]:
         """Errors over the references of each language, and their mean over languages."""
@@ -213,10 +202,10 @@ class Trainer:
         if not self.settings.sampling.is_natural:
             yield "passes an epoch: " + ", ".join(f"{lang} {n:.2f}" for lang, n in plan.passes_per_epoch.items())
 
-    def _speed(self, totals: Totals, elapsed_s: float, waited_s: float) -> dict[str, float]:
+    def _speed(self, counts: Counts, elapsed_s: float, waited_s: float) -> dict[str, float]:
         """Of one step, data loading included; TFLOP/s are useful ones of each rank, MFU their share of its peak."""
-        tflops = totals.flops / elapsed_s / self.num_ranks / 1e12
-        speed = {"tokens_per_s": totals.num_tokens / elapsed_s, "audio_s_per_s": totals.audio_s / elapsed_s}
+        tflops = counts.flops / elapsed_s / self.num_ranks / 1e12
+        speed = {"tokens_per_s": counts.num_tokens / elapsed_s, "audio_s_per_s": counts.audio_s / elapsed_s}
         speed |= {"tflops": tflops, "waited_for_data": waited_s / elapsed_s}
         return speed | ({"mfu": tflops / self.peak_tflops} if self.peak_tflops else {})
 
@@ -237,9 +226,14 @@ class Trainer:
             self.writer.save(self.state, weights | self.frozen, moments)
 
     def _wait(self) -> None:
-        """Return when the last checkpoint is written."""
+        """Return when the last checkpoint is written: the first rank to leave may take the others with it."""
         if self.writer:
             self.writer.wait()
+        distributed.barrier()
+
+    def _stop(self, reason: str) -> NoReturn:
+        """Raise, on all ranks, what the first one says."""
+        raise UserError(f"{self.run_dir}: {reason}") if self.rank == 0 else AlreadySaid
 
     def _load(self, examples: Sequence[Example], plan: Plan, steps: range, **more) -> Iterator[Batch]:
         ranks = {"rank": self.rank, "num_ranks": self.num_ranks}
@@ -251,7 +245,7 @@ class Trainer:
         while batches := list(islice(loaded, self.num_slots)):
             yield batches
 
-    def _step(self, batches: list[Batch], *, is_stopping: bool) -> tuple[Totals, dict[str, Any]]:
+    def _step(self, coming: Iterator[list[Batch]]) -> tuple[Counts, dict[str, Any]]:
         """Take one optimizer step on the global batch; its sums and what to log.
 
         Gradients stay on their rank until its micro-batches are added up, and are then reduced once, in the order of
@@ -265,11 +259,13 @@ class Trainer:
         engine.set_learning_rate(zero, lr)
         zero.module.train()
         losses: Losses = []
-        work, error = 0.0, None
+        began, work, error = time.monotonic(), 0.0, None
         with zero.coalesce_grad_reduction():
             try:
                 if self.writer:
                     self.writer.wait(only_if_done=True)
+                batches = next(coming)
+                waited_s = time.monotonic() - began
                 for batch in batches:
                     if batch.ids:
                         output = zero(batch.to(zero.device), chunk_s)
@@ -277,53 +273,69 @@ class Trainer:
                         losses.append((batch, output.utt_loss))
                         work += sum(flops(self.shape, Load.of(batch, chunk_s)).values())
             except Exception as caught:  # the other ranks are waiting: tell them before it is raised
-                error = self._mendable(caught, batches[len(losses) :])
-            totals = self._sum_over_ranks(losses, work, is_stopping=is_stopping, is_failing=error is not None)
-            if not totals.num_failing:
-                self._scale_gradients(self.num_ranks / sum(totals.num_targets.values()), resting=totals.resting)
-        if totals.num_failing:
-            raise error or RuntimeError("another rank failed; its own message says why")
-        self._check_loss(totals.loss, losses)
-        engine.rest(zero, totals.resting)
+                error = self._mendable(caught)
+            counts = self._count(losses, work, is_failing=error is not None)
+            if counts.num_failing:
+                zero.zero_grad()  # ranks have unlike ones, and leaving this block would wait for them all
+            else:
+                self._scale_gradients(self.num_ranks / sum(counts.num_targets.values()), resting=counts.resting)
+        if counts.num_failing:
+            raise error or AlreadySaid
+        engine.rest(zero, counts.resting)
         zero.step()
+        row = self._losses(losses, counts.num_targets)  # not before: a GPU still has work until here
+        self._check_loss(row["loss"], losses)
         if not zero.was_step_applied():
             self._stop_at(losses, "a gradient is not finite")
         if self.balances:
             adapters.balance(zero.module, distributed.all_reduce)
         state.step += 1
         epoch = round(state.step / self.plan.steps_per_epoch, 4)
-        row = {"step": state.step, "epoch": epoch, "loss": totals.loss, "loss_per_lang": totals.loss_per_lang, "lr": lr}
-        return totals, {**row, "grad_norm": float(zero.get_global_grad_norm()), "chunk_s": chunk_s}
+        row = {"step": state.step, "epoch": epoch, **row, "lr": lr, "chunk_s": chunk_s, "waited_s": waited_s}
+        return counts, row | {"grad_norm": float(zero.get_global_grad_norm())}
 
-    def _mendable(self, error: Exception, batches: Sequence[Batch]) -> Exception:
-        """The exception at the first of `batches`, or what a user can do where a GPU's memory is too small for it."""
+    def _mendable(self, error: Exception) -> Exception:
+        """The exception, or what a user can do where a GPU's memory is too small."""
         if not isinstance(error, torch.OutOfMemoryError):
             return error
-        batch, step = batches[0], self.state.step + 1
-        what = f"step {step}: a batch of {batch.audio_s:,.0f} s of audio and {batch.num_tokens:,} tokens"
-        total = memory.total_bytes(self.engine.device)
+        what, total = f"step {self.state.step + 1}: a batch", memory.total_bytes(self.engine.device)
         return UserError(memory.does_not_fit(what, self.engine.module.stage, self.encoder.context, total))
 
-    def _sum_over_ranks(
-        self, losses: Losses, work: float = 0.0, *, is_stopping: bool = False, is_failing: bool = False
-    ) -> Totals:
-        """The one synchronisation of a step."""
-        where = {lang: i for i, lang in enumerate(self.langs)}
-        device, num_targets = self.engine.device, Counter()
-        sums = torch.zeros(len(where), dtype=torch.float64, device=device)  # [L]
-        for batch, utt_loss in losses:
-            sums.index_add_(0, torch.tensor([where[lang] for lang in batch.langs], device=device), utt_loss.double())
+    def _count(self, losses: Losses, work: float = 0.0, *, is_failing: bool = False) -> Counts:
+        """What the ranks must agree on before gradients are reduced; no rank waits for its GPU here."""
+        num_targets = Counter()
+        for batch, _ in losses:
             for lang, target in zip(batch.langs, batch.targets, strict=True):
                 num_targets[lang] += len(target)
         tokens, audio_s = (sum(getattr(b, name) for b, _ in losses) for name in ("num_tokens", "audio_s"))
-        counts = [tokens, audio_s, work, is_stopping, is_failing]
         using = [any(p.grad is not None for p in parameters) for parameters in self.own.values()]
-        counts = [*(num_targets[lang] for lang in self.langs), *counts, *using]
-        sums = torch.cat([sums, torch.tensor(counts, dtype=sums.dtype, device=device)])
+        numbers = [
+            *(num_targets[lang] for lang in self.langs),
+            tokens,
+            audio_s,
+            work,
+            self.stop.is_set,
+            is_failing,
+            *using,
+        ]
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        if self.num_ranks > 1:
+            distributed.all_reduce(sums, group=self.cpu_group)
+        sums = iter(sums.tolist())
+        by_lang = dict(zip(self.langs, islice(sums, len(self.langs)), strict=True))
+        return Counts(by_lang, *islice(sums, 5), dict(zip(self.own, sums, strict=True)))
+
+    def _losses(self, losses: Losses, num_targets: Mapping[str, float]) -> dict[str, Any]:
+        """The mean over target tokens, of all ranks, whole and by language."""
+        where = {lang: i for i, lang in enumerate(self.langs)}
+        device = self.engine.device
+        sums = torch.zeros(len(where), dtype=torch.float64, device=device)  # [L]
+        for batch, utt_loss in losses:
+            sums.index_add_(0, torch.tensor([where[lang] for lang in batch.langs], device=device), utt_loss.double())
         distributed.all_reduce(sums)
-        numbers = iter(sums.tolist())
-        by_lang = [dict(zip(self.langs, islice(numbers, len(self.langs)), strict=True)) for _ in range(2)]
-        return Totals(*by_lang, *islice(numbers, 5), dict(zip(self.own, numbers, strict=True)))
+        by_lang = dict(zip(self.langs, sums.tolist(), strict=True))
+        mean = sum(by_lang.values()) / sum(num_targets.values())
+        return {"loss": mean, "loss_per_lang": {lang: by_lang[lang] / n for lang, n in num_targets.items() if n}}
 
     def _scale_gradients(self, factor: float, *, resting: set[str]) -> None:
         """Make the gradients exist on every rank, `factor` times what they are, but for those of `resting` languages.
@@ -348,7 +360,7 @@ class Trainer:
         self.state.mean_loss = loss if mean is None else MEMORY * mean + (1 - MEMORY) * loss
         self.state.lowest_mean = min(self.state.mean_loss, self.state.lowest_mean or math.inf)
 
-    def _stop_at(self, losses: Losses, reason: str) -> None:
+    def _stop_at(self, losses: Losses, reason: str) -> NoReturn:
         """Write the global batch to bad_batch.json, worst utterances first, and raise UserError."""
         mine = [
             {"id": utt_id, "lang": lang, "loss": loss / len(target)}
@@ -362,8 +374,8 @@ class Trainer:
         if self.rank == 0:
             files.write_json(path, {"step": self.state.step + 1, "reason": reason, "utterances": worst})
         named = ", ".join(x["id"] for x in worst[:5])
-        raise UserError(
-            f"{self.run_dir}: step {self.state.step + 1}: {reason}; its batch begins with {named} (all in {path}); "
+        self._stop(
+            f"step {self.state.step + 1}: {reason}; its batch begins with {named} (all in {path}); "
             "mend or remove what is wrong with them, or lower the learning rate in another --exp-dir"
         )
 
@@ -376,8 +388,12 @@ class Trainer:
 
 
 class StopSignal:
-    """Notes the first SIGTERM or SIGINT, so that the step in hand can be finished; a second one ends the process."""
+    """Notes SIGTERM or SIGINT, so that the step in hand can be finished; one that comes later ends the process.
 
+    Slurm signals every process of a step, and a launcher its ranks: what comes together is one request.
+    """
+
+    TOGETHER_S = 5.0
     is_set = False
 
     def __enter__(self) -> StopSignal:
@@ -385,8 +401,11 @@ class StopSignal:
         return self
 
     def _note(self, number: int, frame: object) -> None:
-        self.is_set = True
-        self.__exit__()
+        if not self.is_set:
+            self.is_set, self.since = True, time.monotonic()
+        elif time.monotonic() - self.since > self.TOGETHER_S:
+            self.__exit__()
+            signal.raise_signal(number)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
