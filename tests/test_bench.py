@@ -1,17 +1,22 @@
 """Benchmarks: what is measured is what is printed, and every case does the work that it is compared by."""
 
+import dataclasses
 import json
 import sys
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import nn
+from whisper.model import AudioEncoder
 
-from zipperasr.adapters import REGISTRY, language_runs
-from zipperasr.bench import adapters, data, features, timing
+from zipperasr.adapters import REGISTRY, batch_languages, language_runs
+from zipperasr.bench import SIZES, adapters, data, features, timing, train
 from zipperasr.bench.timing import Report, Target
 from zipperasr.cli import main as cli
+from zipperasr.errors import UserError
+from zipperasr.model import cost
 
 TINY = ["--sizes", "16x16", "16x32", "--tokens", "24", "--rounds", "1", "--langs", "1", "12", "--threads", "1"]
 PEFT_CASES = {adapters.SINGLE, adapters.MIXED, adapters.MIXED + adapters.FORWARD}
@@ -90,7 +95,8 @@ def test_a_missing_peft_is_stated(bench, monkeypatch):
 
 
 def test_an_encoder_is_timed_by_every_method(bench, monkeypatch):
-    monkeypatch.setitem(adapters.ENCODERS, "tiny", (80, 16, 2, 1))
+    tiny = {"n_mels": 80, "n_audio_state": 16, "n_audio_head": 2, "n_audio_layer": 1}
+    monkeypatch.setitem(adapters.WHISPER, "tiny", tiny)
     _, found = bench("--encoder", "tiny")
     rows = [row for row in found["rows"] if row["where"] == "encoder tiny"]
     assert [row["case"] for row in rows] == list(REGISTRY)
@@ -107,11 +113,17 @@ def test_extraction_is_timed_beside_lhotse_and_transformers(capsys, tmp_path, mo
         torch.set_num_threads(threads)
     rows, found = cells_of(capsys.readouterr().out)[2:], json.loads(path.read_text())
     kinds = [f"{kind}, {bins} bins" for kind in data.KINDS for bins in (80, 128)]
-    assert [row[:2] for row in rows] == [[kind, case] for kind in kinds for case in features.cases(80)]
+    assert [row[:2] for row in rows] == [
+        [kind, case] for kind in kinds for case in [*features.cases(80), *features.FILES]
+    ]
     assert all(row["ratio"] == 1 for row in found["rows"] if row["case"] == features.OURS)
     limits = {(t["what"].partition(": ")[2], t["relation"], t["limit"]) for t in found["targets"]}
-    assert limits == {(f"{features.LHOTSE}, over ours", ">=", 1.0), (f"{features.TRANSFORMERS}, over ours", ">=", 3.0)}
-    assert len(found["targets"]) == 2 * len(kinds)
+    assert limits == {
+        (f"{features.LHOTSE}, over ours", ">=", 1.0),
+        (f"{features.TRANSFORMERS}, over ours", ">=", 3.0),
+        (f"{features.FLAC}, audio s/s", ">=", 200),
+    }
+    assert len(found["targets"]) == 3 * len(kinds)
 
 
 @pytest.mark.parametrize("bins", [80, 128])
@@ -123,6 +135,13 @@ def test_what_extraction_is_compared_with_computes_the_same(bins):
     assert torch.equal(found[features.LHOTSE], ours) and torch.equal(found[features.WHISPER].T, ours)
     assert torch.allclose(found[features.TRANSFORMERS]["input_features"][0, :, :98].T, ours[:98], atol=1e-3)
     assert found[features.PADDED].shape == (3000, bins)
+
+
+def test_features_of_files_are_those_of_what_was_written(tmp_path):
+    """FLAC is exact but for 16 bits; MP3 is not."""
+    flac, mp3 = (features._file(tmp_path, 3, 1.5, *how, 80).features() for how in features.FILES.values())
+    expected = features.log_mel(features._noise(3, 1.5, 16000), 80)
+    assert torch.allclose(flac, expected, atol=0.01) and mp3.shape == expected.shape
 
 
 def test_every_step_on_a_large_corpus_is_measured(capsys, tmp_path, monkeypatch):
@@ -147,7 +166,15 @@ def test_a_synthetic_corpus_lasts_as_its_models_do():
     assert means == pytest.approx({"LibriSpeech": 12.3, "MLS": 15.0, "Common Voice": 5.0}, rel=0.02)
 
 
-WRONG = (["nonsense"], ["adapters", "--sizes", "16"], ["adapters", "--rounds", "0"], ["data", "--cuts", "0"])
+WRONG = (
+    *(["nonsense"], ["adapters", "--sizes", "16"], ["adapters", "--rounds", "0"], ["data", "--cuts", "0"]),
+    *(
+        ["train", "--size", "huge"],
+        ["train", "--recompute-llm", "2"],
+        ["train", "--recompute-llm", "nan"],
+        ["train", "--method", "lora"],
+    ),
+)
 
 
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
@@ -229,3 +256,116 @@ def test_pefts_mixed_adapters_do_the_work_of_independent():
     gradients = torch.autograd.grad(y.square().sum(), [x, *(own for own, _ in factors)])
     for a, b in zip(gradients, torch.autograd.grad(expected.square().sum(), [x, *(p for _, p in factors)])):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+# Training steps
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    """Encoder and LLM of a tiny size."""
+    return tuple(map(str, tiny.make_pretrained(tmp_path_factory.mktemp("pretrained"))))
+
+
+@pytest.fixture
+def alike(names):
+    """Models of one set of weights: ours, with padded rows, and as a user would write it; and a batch for them."""
+    model = train.random_model(names, 2, "zipper_soft")
+    parts = (model.encoder, model.projector, model.llm, model.tokenizer, model.language_embeddings)
+    kinds = (train.Packed, train.PaddedRows, train.AsAUserWouldWriteIt)
+    batch = train.synthetic_batch(cost.Shape.of_model(model, 2), "Common Voice", num_rows=3, tokens_per_row=192)
+    return [kind(*parts).eval() for kind in kinds], batch
+
+
+def test_padded_rows_have_the_loss_of_packed_rows(alike):
+    (packed, padded, _), batch = alike
+    assert len({len(x) for x in batch.features}) > 2
+    assert padded(batch).item() == pytest.approx(packed(batch).item(), rel=1e-5)
+
+
+def test_the_users_loss_is_ours_of_utterances_that_last_30_s(alike):
+    (packed, _, users), batch = alike
+    longer = [train._to_30s(x, 3000) for x in batch.features]
+    expected = packed(dataclasses.replace(batch, features=longer)).item()
+    assert users(batch).item() == pytest.approx(expected, rel=1e-5)
+    assert users(batch).item() != pytest.approx(packed(batch).item(), rel=1e-4)
+
+
+def test_the_users_encoder_is_ours_with_padding_to_30_s(alike):
+    """Of which ours gives back the frames of speech alone."""
+    (model, *_), batch = alike
+    model.encoder.pad_to_30s = True
+    ours, lengths = model.encoder(batch.features, batch.langs)
+    mel = torch.stack([train._to_30s(x, 3000).T for x in batch.features])
+    with batch_languages(batch.langs):
+        theirs = AudioEncoder.forward(model.encoder, mel)
+    torch.testing.assert_close(ours, torch.cat([x[:n] for x, n in zip(theirs, lengths)]), rtol=0, atol=1e-5)
+
+
+def test_a_synthetic_batch_has_full_rows_of_every_language():
+    shape = dataclasses.replace(cost.Shape.of(tiny_settings(), 1), vocab_size=9)
+    batch = train.synthetic_batch(shape, "MLS", num_rows=24, tokens_per_row=1024)
+    assert len(set(batch.langs)) == 12 and batch.langs == sorted(batch.langs)
+    assert 0.9 < batch.num_tokens / (24 * 1024) <= 1
+    assert batch.audio_s / len(batch.ids) == pytest.approx(15, rel=0.05)
+    assert {x.shape[1] for x in batch.features} == {80}
+    with pytest.raises(UserError, match="--tokens-per-row"):
+        train.synthetic_batch(shape, "MLS", num_rows=1, tokens_per_row=100)
+
+
+def tiny_settings():
+    return train.settings(("tiny", "Qwen/Qwen3-0.6B"), 1, "vanilla")
+
+
+def test_time_is_given_to_the_part_that_took_it(names, monkeypatch):
+    """By a clock that only these layers move: in the encoder 1 s in each pass, and so on."""
+    now = [0.0]
+
+    def takes(seconds):
+        def hook(*_):
+            now[0] += seconds
+
+        return hook
+
+    monkeypatch.setattr(timing, "clock", lambda: now[0])
+    model = train.random_model(names, 2, "vanilla")
+    batch = train.synthetic_batch(cost.Shape.of_model(model, 2), "Common Voice", num_rows=1, tokens_per_row=192)
+    case = train.Case(train.Packed, model, batch, None)
+    model = case.engine.module
+    seconds = {model.encoder.blocks[0].mlp[0]: 1, model.projector.linear: 2, model.llm.model.layers[1]: 4}
+    for module, duration in {**seconds, model.llm.lm_head: 8}.items():
+        module.register_forward_hook(takes(duration))
+        module.register_full_backward_hook(takes(duration))
+    monkeypatch.setattr(case.engine, "step", takes(10))
+    assert case.shares() == {part: round(s / 40, 3) for part, s in zip(train.PARTS, (0, 2, 4, 8, 16, 10), strict=True)}
+
+
+def test_training_steps_are_measured(names, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "mini", names)
+    monkeypatch.setattr(timing, "peak_flops", lambda device, dtype: 1e9)
+    path, threads = tmp_path / "bench.json", torch.get_num_threads()
+    options = ["--rows", "2", "--rounds", "1", "--threads", "1", "--json", str(path)]
+    try:
+        assert cli.main(["bench", "train", *options, "--method", "zipper_soft"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads(path.read_text())
+    rows = {row["case"]: row for row in found["rows"]}
+    assert list(rows) == [train.PADDED, train.USER, "zipper_soft"] and rows["zipper_soft"]["ratio"] == 1
+    assert all(sum(row[part] for part in train.PARTS) == pytest.approx(1, abs=0.01) for row in rows.values())
+    ours = rows["zipper_soft"]
+    users = rows[train.USER]  # credited with the same useful work
+    assert ours["MFU"] / users["MFU"] == pytest.approx(ours["tokens/s"] / users["tokens/s"], rel=0.02)
+    assert ours["tokens/s"] / ours["audio s/s"] == pytest.approx(
+        18.5, rel=0.2
+    )  # 12.5 of speech, 3.5 of text, the prompt
+    verdicts = [target["verdict"] for target in found["targets"]]
+    assert verdicts[2:] == ["not measured"] * 3 and "not measured" not in verdicts[:2]
+    assert f"| {train.USER} |" in capsys.readouterr().out
+
+
+def test_the_peak_is_that_of_the_fastest_product(monkeypatch):
+    monkeypatch.setattr(
+        timing, "interleave", lambda steps, **_: {"": [(step(), 2.0)[1] for step in steps.values()] + [1.0]}
+    )
+    assert timing.peak_flops("cpu", torch.float32) == 2 * 2048**3

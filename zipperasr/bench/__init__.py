@@ -3,10 +3,16 @@
 This module is light: torch is imported by the files.
 """
 
-ENCODERS = {
-    "tiny": (80, 384, 6, 4),
-    "base": (80, 512, 8, 6),
-    "small": (80, 768, 12, 12),
-    "medium": (80, 1024, 16, 24),
-    "large-v3": (128, 1280, 20, 32),
-}  # Whisper's encoders: mel bins, width, heads, layers
+from pathlib import Path
+
+import zipperasr
+
+MINI = Path(zipperasr.__file__).parents[1] / "egs" / "multilingual12" / "pretrained" / "mini"
+SIZES = {
+    "mini": (str(MINI / "whisper"), str(MINI / "lm")),
+    "small": ("base", str(MINI / "lm")),
+    "paper": ("large-v3", "Qwen/Qwen3-1.7B"),
+}
+"""Encoder and LLM of a model by size; of the mini recipe's only the shapes are taken."""
+LENGTHS = {"librispeech": "LibriSpeech", "mls": "MLS", "commonvoice": "Common Voice"}
+"""Corpora whose utterances' lengths are imitated, by the name of the option."""

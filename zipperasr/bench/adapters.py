@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from whisper.model import AudioEncoder
 
 from zipperasr.adapters import REGISTRY, AdapterSettings, adapt, language_runs, method_class
-from zipperasr.bench import ENCODERS, timing
+from zipperasr.bench import timing
 from zipperasr.bench.timing import Report, Row, Target
 from zipperasr.languages import LANGUAGES
 from zipperasr.model.encoder import ADAPTED, SpeechEncoder
+from zipperasr.model.sizes import WHISPER
 
 LANGS = tuple(LANGUAGES)[:12]
 NUM_ROWS = 12
@@ -60,8 +61,8 @@ def run(
 ) -> Report:
     """Every method and PEFT on layers of `sizes` (I, O), for batches of each number of languages in `langs`.
 
-    tokens: of a batch. encoder: also every method in a whole encoder, a name of ENCODERS, or "none"; if None, large-v3
-    on a GPU and none on a CPU. threads: of the CPU.
+    tokens: of a batch. encoder: also every method in a whole encoder, by name, or "none"; if None, large-v3 on a GPU
+    and none on a CPU. threads: of the CPU.
     """
     at, num_tokens = timing.device(threads), max(1, round(tokens / NUM_ROWS))
     encoder = encoder or ("large-v3" if at["device"] == "cuda" else "none")
@@ -97,9 +98,10 @@ def time_encoder(name: str, num_tokens: int, rounds: int, at: dict) -> list[Row]
 
     As in training, the features have no gradient. The frozen weights are the same for all methods.
     """
-    num_bins, *dims = ENCODERS[name]
-    frozen = SpeechEncoder(AudioEncoder(num_bins, 1500, *dims)).to(**at)
-    features = torch.randn(len(LANGS), 2 * num_tokens, num_bins, **at)
+    dims = WHISPER[name]
+    shape = (dims["n_mels"], 1500, dims["n_audio_state"], dims["n_audio_head"], dims["n_audio_layer"])
+    frozen = SpeechEncoder(AudioEncoder(*shape)).to(**at)
+    features = torch.randn(len(LANGS), 2 * num_tokens, dims["n_mels"], **at)
     dy = torch.randn(len(LANGS) * num_tokens, frozen.width, **at)
     cases = []
     for method in REGISTRY:

@@ -62,6 +62,14 @@ def interleave(
     return {key: taken[WARM_UP:] for key, taken in seconds.items()}
 
 
+def peak_flops(device: str, dtype: torch.dtype) -> float:
+    """FLOPs a second of a large product of matrices: what this device can do, the best of a few."""
+    size, times = (8192, 20) if device == "cuda" else (2048, 5)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = interleave({"": lambda: a @ b}, rounds=times, title="peak")[""]
+    return 2 * size**3 / min(seconds)
+
+
 def ratio(seconds: Sequence[float], baseline: Sequence[float]) -> float:
     """The median over rounds of the ratio within a round."""
     return round(statistics.median(a / b for a, b in zip(seconds, baseline, strict=True)), 3)
