@@ -99,13 +99,13 @@ class Case:
         with engine.coalesce_grad_reduction():
             loss = engine(batch, self.chunk_s)
             engine.backward(loss)
-            loss.item()  # the trainer too waits for it before it lets the optimizer do anything
             lap("encoder")
             for parameter in self.parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             torch._foreach_mul_([p.grad for p in self.parameters], 1 / batch.num_target_tokens)
         engine.step()
+        loss.item()  # the trainer too reads it here
         if self.balances:
             balance(engine.module)
         lap("optimizer")

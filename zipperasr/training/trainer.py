@@ -309,16 +309,8 @@ class Trainer:
                 num_targets[lang] += len(target)
         tokens, audio_s = (sum(getattr(b, name) for b, _ in losses) for name in ("num_tokens", "audio_s"))
         using = [any(p.grad is not None for p in parameters) for parameters in self.own.values()]
-        numbers = [
-            *(num_targets[lang] for lang in self.langs),
-            tokens,
-            audio_s,
-            work,
-            self.stop.is_set,
-            is_failing,
-            *using,
-        ]
-        sums = torch.tensor(numbers, dtype=torch.float64)
+        numbers = [tokens, audio_s, work, self.stop.is_set, is_failing, *using]
+        sums = torch.tensor([*(num_targets[lang] for lang in self.langs), *numbers], dtype=torch.float64)
         if self.num_ranks > 1:
             distributed.all_reduce(sums, group=self.cpu_group)
         sums = iter(sums.tolist())
