@@ -205,6 +205,11 @@ def test_a_text_longer_than_its_audio_can_be_is_left_out_and_named(caplog):
     assert caplog.text.rstrip().endswith("too_much, another")
 
 
+def test_a_language_without_a_prompt_is_an_error_that_names_it():
+    with pytest.raises(UserError, match="xx"):
+        tokenize([FakeUtterance("utt", "xx", "ja", 100)], FakeTokenizer(), PackingSettings())
+
+
 def test_an_utterance_longer_than_a_row_is_an_error_that_names_it():
     utterances = [FakeUtterance("short", "de", "ja", 100), FakeUtterance("long", "de", "ja", 10_000)]
     with pytest.raises(UserError, match=r"1 utterances exceed .*256: long \(1\d\d\d\); raise it, or .*skip_too_long"):

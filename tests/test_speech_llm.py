@@ -89,12 +89,13 @@ def part_of(batch, some):
 
 
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("chunk_s", [None, 0.5])
 @pytest.mark.parametrize("parts", [[[0, 1, 2], [3, 4]], [[4, 3, 2, 1, 0]], [[0, 1, 2, 3, 4, 2, 1]]])
-def test_neighbours_and_their_order_change_no_loss(model, batch, parts, dtype, rtol):
+def test_neighbours_and_their_order_change_no_loss(model, batch, parts, chunk_s, dtype, rtol):
     model = copy.deepcopy(model).to(dtype)
-    whole = model(batch).utt_loss
+    whole = model(batch, chunk_s).utt_loss
     for part in parts:
-        torch.testing.assert_close(model(part_of(batch, part)).utt_loss, whole[part], rtol=rtol, atol=0)
+        torch.testing.assert_close(model(part_of(batch, part), chunk_s).utt_loss, whole[part], rtol=rtol, atol=0)
 
 
 def test_gradients_of_parts_add_up_to_those_of_the_whole(model, batch):
@@ -103,12 +104,13 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole(model, batch):
     assert_same_gradients(added, gradients(model, model(batch).loss_sum))
 
 
+@pytest.mark.parametrize("chunk_s", [None, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_leaks_between_neighbours(model, batch, dtype):
+def test_nothing_leaks_between_neighbours(model, batch, dtype, chunk_s):
     model, other = copy.deepcopy(model).to(dtype), copy.copy(batch)
     other.features = [3 * f if i in (0, 2) else f for i, f in enumerate(batch.features)]
     other.targets = [t[::-1] if i in (0, 2) else t for i, t in enumerate(batch.targets)]
-    a, b = model(batch).utt_loss, model(other).utt_loss
+    a, b = model(batch, chunk_s).utt_loss, model(other, chunk_s).utt_loss
     assert torch.equal(a[[1, 3, 4]], b[[1, 3, 4]])
     assert ((a - b).abs() > 1e-3)[[0, 2]].all()
 

@@ -434,6 +434,19 @@ def test_stage_2_needs_a_finished_stage_1(recipe, tmp_path, capsys):
     assert "give its directory with --init" in capsys.readouterr().err
 
 
+def test_what_is_not_trained_is_saved_as_it_was_before_the_engine_rounded_it(recipe, tmp_path):
+    whole = recipes.load(recipe.conf, overrides=["model.adapter.method=flylora", "model.adapter.flylora.top_k=3"])
+    trainer = make_trainer(recipe, whole, tmp_path, max_steps=2)
+    layers = adapted_layers(trainer.engine.module.encoder)
+    before = {f"encoder.{name}.A": layer.A.clone() for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.A.copy_(layer.A.bfloat16())  # as on a GPU
+    trainer.run()
+    saved = load_file(tmp_path / "checkpoints/step-2/trainable.safetensors")
+    assert all(torch.equal(saved[name], A) for name, A in before.items())
+    assert all(saved[name.removesuffix("A") + "bias_moves"].any() for name in before)
+
+
 def test_two_runs_do_not_share_a_directory(recipe, tmp_path, capsys):
     with files.lock(tmp_path):
         assert main(recipe.train(1, tmp_path)) == 1

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import random
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from zipperasr.model.speech_llm import SpeechLLM
 from zipperasr.training import StageSettings, checkpoints, engine, memory, runs
 from zipperasr.training.log import RunLog
 from zipperasr.training.preflight.estimate import peak_tflops
+from zipperasr.training.process import StopSignal
 
 MEMORY = 0.98
 """Weight of the past in the running mean of the loss."""
@@ -377,28 +377,3 @@ class Trainer:
         done |= {"num_trainable": by_part.total(), "num_trainable_encoder": by_part["encoder"]}
         files.write_json(self.run_dir / runs.FINISHED, done)
         checkpoints.finish(self.run_dir)
-
-
-class StopSignal:
-    """Notes SIGTERM or SIGINT, so that the step in hand can be finished; one that comes later ends the process.
-
-    Slurm signals every process of a step, and a launcher its ranks: what comes together is one request.
-    """
-
-    TOGETHER_S = 5.0
-    is_set = False
-
-    def __enter__(self) -> StopSignal:
-        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _note(self, number: int, frame: object) -> None:
-        if not self.is_set:
-            self.is_set, self.since = True, time.monotonic()
-        elif time.monotonic() - self.since > self.TOGETHER_S:
-            self.__exit__()
-            signal.raise_signal(number)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
