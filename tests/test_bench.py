@@ -360,7 +360,9 @@ def test_training_steps_are_measured(names, capsys, tmp_path, monkeypatch):
         18.5, rel=0.2
     )  # 12.5 of speech, 3.5 of text, the prompt
     verdicts = [target["verdict"] for target in found["targets"]]
-    assert verdicts[2:] == ["not measured"] * 3 and "not measured" not in verdicts[:2]
+    assert verdicts[3:] == ["not measured"] * 3 and "not measured" not in verdicts[:3]
+    llm = {name: row["ms"] * (row["LLM"] + row["loss"]) for name, row in rows.items()}
+    assert found["targets"][2]["value"] == pytest.approx(llm[train.PADDED] / llm["zipper_soft"], rel=1e-2)
     assert f"| {train.USER} |" in capsys.readouterr().out
 
 
