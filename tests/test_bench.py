@@ -95,7 +95,7 @@ def test_a_missing_peft_is_stated(bench, monkeypatch):
 
 
 def test_an_encoder_is_timed_by_every_method(bench, monkeypatch):
-    tiny = {"n_mels": 80, "n_audio_state": 16, "n_audio_head": 2, "n_audio_layer": 1}
+    tiny = {"n_mels": 80, "n_audio_ctx": 1500, "n_audio_state": 16, "n_audio_head": 2, "n_audio_layer": 1}
     monkeypatch.setitem(adapters.WHISPER, "tiny", tiny)
     _, found = bench("--encoder", "tiny")
     rows = [row for row in found["rows"] if row["where"] == "encoder tiny"]

@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from whisper.model import AudioEncoder
 
 from zipperasr.adapters import REGISTRY, AdapterSettings, adapt, language_runs, method_class
 from zipperasr.bench import timing
@@ -19,6 +18,7 @@ from zipperasr.bench.timing import Report, Row, Target
 from zipperasr.languages import LANGUAGES
 from zipperasr.model.encoder import ADAPTED, SpeechEncoder
 from zipperasr.model.sizes import WHISPER
+from zipperasr.model.whisper_io import make_encoder
 
 LANGS = tuple(LANGUAGES)[:12]
 NUM_ROWS = 12
@@ -99,8 +99,7 @@ def time_encoder(name: str, num_tokens: int, rounds: int, at: dict) -> list[Row]
     As in training, the features have no gradient. The frozen weights are the same for all methods.
     """
     dims = WHISPER[name]
-    shape = (dims["n_mels"], 1500, dims["n_audio_state"], dims["n_audio_head"], dims["n_audio_layer"])
-    frozen = SpeechEncoder(AudioEncoder(*shape)).to(**at)
+    frozen = SpeechEncoder(make_encoder(dims)).to(**at)
     features = torch.randn(len(LANGS), 2 * num_tokens, dims["n_mels"], **at)
     dy = torch.randn(len(LANGS) * num_tokens, frozen.width, **at)
     cases = []

@@ -169,8 +169,7 @@ class Load:
     def of(batch: Batch, chunk_s: float | None = None) -> Load:
         """What a batch amounts to in segments of `chunk_s`; None is full context."""
         frames = [len(x) for x in batch.features]
-        sizes = [n if chunk_s is None else 2 * round(50 * chunk_s) for n in frames]
-        segments = [min(size, n - start) for n, size in zip(frames, sizes, strict=True) for start in range(0, n, size)]
+        segments = [n for utterance in frames for n in segment_frames(utterance, chunk_s)]
         parts = zip(batch.prompts, map(num_speech_tokens, frames), batch.targets, strict=True)
         tokens = [len(prompt) + speech + len(target) for prompt, speech, target in parts]
         return Load(segments, tokens, sum(map(len, batch.targets)))
@@ -184,6 +183,12 @@ class Load:
     def speech_tokens(self) -> float:
         """LLM positions of speech; without what each utterance's last one is padded with."""
         return sum(self.encoder_frames) / PROJECTOR_STRIDE
+
+
+def segment_frames(num_frames: int, chunk_s: float | None) -> list[int]:
+    """The lengths of the encoder's segments of an utterance; `chunk_s` None is full context."""
+    size = num_frames if chunk_s is None else 2 * round(50 * chunk_s)
+    return [min(size, num_frames - start) for start in range(0, num_frames, size)]
 
 
 def flops(shape: Shape, load: Load) -> dict[str, float]:
@@ -307,8 +312,7 @@ def _max_logits() -> int:
 
 
 def _whisper(name: str) -> dict[str, int]:
-    dims = {"n_audio_ctx": 1500, **WHISPER[name]} if name in WHISPER else None
-    dims = dims or whisper_dims(_config(name, "model.encoder.pretrained", WHISPER))
+    dims = WHISPER.get(name) or whisper_dims(_config(name, "model.encoder.pretrained", WHISPER))
     return {
         "num_bins": dims["n_mels"],
         "num_positions": dims["n_audio_ctx"],
@@ -319,10 +323,7 @@ def _whisper(name: str) -> dict[str, int]:
 
 
 def _llm(name: str) -> dict[str, int]:
-    if name not in QWEN3:
-        return _llm_sizes(_config(name, "model.llm.pretrained", QWEN3))
-    known = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
-    return _llm_sizes({**known, "tie_word_embeddings": QWEN3[name]["hidden_size"] < 4096, **QWEN3[name]})
+    return _llm_sizes(QWEN3.get(name) or _config(name, "model.llm.pretrained", QWEN3))
 
 
 def _llm_sizes(config: dict[str, Any]) -> dict[str, int]:

@@ -25,7 +25,7 @@ def random_whisper(name: str, device: torch.device | str) -> tuple[AudioEncoder,
     name: a size of sizes.py, or a folder with a config.json. Raises UserError for another one.
     """
     if name in WHISPER:
-        dims = {"n_audio_ctx": 1500, **WHISPER[name]}
+        dims = WHISPER[name]
     elif Path(name).is_dir():
         path = Path(name) / "config.json"
         try:
@@ -47,8 +47,7 @@ def random_llm(settings: LLMSettings, device: torch.device | str) -> PreTrainedM
     """
     name = settings.pretrained
     if name in QWEN3:
-        sizes = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, **QWEN3[name]}
-        config = Qwen3Config(**sizes, tie_word_embeddings=sizes["hidden_size"] < 4096)
+        config = Qwen3Config(**QWEN3[name])
     elif Path(name).is_dir():
         config = read_config(name)
     else:

@@ -2,19 +2,15 @@
 
 from typing import Any
 
-LARGE = {"n_audio_state": 1280, "n_audio_head": 20, "n_audio_layer": 32}
-
 WHISPER = {
-    "tiny": {"n_mels": 80, "n_audio_state": 384, "n_audio_head": 6, "n_audio_layer": 4, "n_text_layer": 4},
-    "base": {"n_mels": 80, "n_audio_state": 512, "n_audio_head": 8, "n_audio_layer": 6, "n_text_layer": 6},
-    "small": {"n_mels": 80, "n_audio_state": 768, "n_audio_head": 12, "n_audio_layer": 12, "n_text_layer": 12},
-    "medium": {"n_mels": 80, "n_audio_state": 1024, "n_audio_head": 16, "n_audio_layer": 24, "n_text_layer": 24},
-    "large-v1": {"n_mels": 80, **LARGE, "n_text_layer": 32},
-    "large-v2": {"n_mels": 80, **LARGE, "n_text_layer": 32},
-    "large-v3": {"n_mels": 128, **LARGE, "n_text_layer": 32},
-    "large-v3-turbo": {"n_mels": 128, **LARGE, "n_text_layer": 4},
-}
-"""What whisper.model.ModelDimensions has of the encoder, and the number of the decoder's layers."""
+    name: {"n_mels": bins, "n_audio_ctx": 1500, "n_audio_state": width, "n_audio_head": heads, "n_audio_layer": layers}
+    for name, bins, width, heads, layers in (
+        ("tiny", 80, 384, 6, 4), ("base", 80, 512, 8, 6), ("small", 80, 768, 12, 12), ("medium", 80, 1024, 16, 24),
+        ("large-v1", 80, 1280, 20, 32), ("large-v2", 80, 1280, 20, 32), ("large-v3", 128, 1280, 20, 32),
+        ("large-v3-turbo", 128, 1280, 20, 32),
+    )
+}  # fmt: skip
+"""What whisper.model.ModelDimensions has of the encoder."""
 
 _HUB = {name: WHISPER[name] for name in ("tiny", "base", "small", "medium", "large-v2", "large-v3", "large-v3-turbo")}
 WHISPER |= {"large": WHISPER["large-v3"], "turbo": WHISPER["large-v3-turbo"]}
@@ -23,14 +19,15 @@ WHISPER |= {f"openai/whisper-{name}": dims for name, dims in {**_HUB, "large": W
 QWEN3 = {
     f"Qwen/Qwen3-{name}": {
         "hidden_size": width, "intermediate_size": intermediate, "num_hidden_layers": layers,
-        "num_attention_heads": heads,
+        "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936,
+        "tie_word_embeddings": width < 4096,
     }
     for name, width, intermediate, layers, heads in (
         ("0.6B", 1024, 3072, 28, 16), ("1.7B", 2048, 6144, 28, 16), ("4B", 2560, 9728, 36, 32),
         ("8B", 4096, 12288, 36, 32), ("14B", 5120, 17408, 40, 40), ("32B", 5120, 25600, 64, 64),
     )
 }  # fmt: skip
-"""What transformers.Qwen3Config says of each; all have 8 key-value heads of width 128 and 151,936 words."""
+"""What transformers.Qwen3Config says of each."""
 
 FOUND_IN_TRANSFORMERS = {
     "n_mels": "num_mel_bins",

@@ -10,7 +10,7 @@ from itertools import product
 from zipperasr.data.features import num_frames
 from zipperasr.data.packing import PackingSettings, num_speech_tokens
 from zipperasr.model import EncoderSettings, ModelSettings
-from zipperasr.model.cost import FORWARD, FROZEN, TRAINED, Load, Shape, flops, peak_bytes
+from zipperasr.model.cost import FORWARD, FROZEN, TRAINED, Load, Shape, flops, peak_bytes, segment_frames
 from zipperasr.training import StageSettings
 from zipperasr.training.preflight import Finding, gib
 from zipperasr.training.preflight.data import Size
@@ -77,9 +77,8 @@ def peak_tflops(name: str) -> float | None:
 
 def full_batch(speech: Speech, num_rows: int, packing: PackingSettings, encoder: EncoderSettings, chunk_s=None) -> Load:
     """The lengths of a batch of so many full rows of equal utterances; `chunk_s` None is full context."""
-    count, frames = max(1, num_rows * packing.max_tokens_per_row // speech.num_tokens), speech.num_frames
-    size = frames if chunk_s is None else 2 * round(50 * chunk_s)
-    segments = [min(size, frames - start) for start in range(0, frames, size)]
+    count = max(1, num_rows * packing.max_tokens_per_row // speech.num_tokens)
+    segments = segment_frames(speech.num_frames, chunk_s)
     segments = [3000] * len(segments) if encoder.pad_to_30s else segments
     return Load(segments * count, [speech.num_tokens] * count, speech.num_targets * count)
 
