@@ -184,12 +184,15 @@ def language_parameters(module: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def specific_shares(module: nn.Module) -> dict[str, float]:
     """The mean share over all layers of ranks that are a language's own, by language; {} where nothing is routed."""
-    shares: dict[str, list[float]] = {}
-    for layer in adapted_layers(module).values():
-        for lang in layer.by_lang():
-            if (share := layer.specific_share(lang)) is not None:
-                shares.setdefault(lang, []).append(share.float().mean().item())
-    return {lang: sum(values) / len(values) for lang, values in shares.items()}
+    import torch
+
+    shares: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for layer in adapted_layers(module).values():
+            for lang in layer.by_lang():
+                if (share := layer.specific_share(lang)) is not None:
+                    shares.setdefault(lang, []).append(share.float())
+        return {lang: torch.stack(each).mean().item() for lang, each in shares.items()}
 
 
 def balance(module: nn.Module, sum_over_ranks: Callable[[Tensor], Any] = lambda load: None) -> None:

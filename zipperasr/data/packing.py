@@ -19,8 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import accumulate, chain, count, islice
-from operator import methodcaller
+from itertools import accumulate, chain, compress, count, islice
+from operator import methodcaller, not_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -243,13 +243,12 @@ def _examples(
     utterances: Sequence[Utterance], targets: Targets, tokenizer: BatchTokenizer, settings: PackingSettings
 ) -> list[Example]:
     limit, ids = settings.max_tokens_per_row, targets.by_text()
-    spoken = [u for u in utterances if len(u.text) <= MORE_CHARS + settings.max_chars_per_s * u.num_frames / 100]
-    if len(spoken) < len(utterances):
-        kept = {id(u) for u in spoken}
-        named = ", ".join(u.id for u in islice((u for u in utterances if id(u) not in kept), 5))
+    is_spoken = [len(u.text) <= MORE_CHARS + settings.max_chars_per_s * u.num_frames / 100 for u in utterances]
+    if num_unspoken := is_spoken.count(False):
+        named = ", ".join(u.id for u in islice(compress(utterances, map(not_, is_spoken)), 5))
         why = f"their texts are longer than their audio can be (data.packing.max_chars_per_s): {named}"
-        logging.warning("%d of %d utterances left out: %s", len(utterances) - len(spoken), len(utterances), why)
-        utterances = spoken
+        logging.warning("%d of %d utterances left out: %s", num_unspoken, len(utterances), why)
+        utterances = list(compress(utterances, is_spoken))
     prompt = {lang: prompts.prompt_ids(tokenizer, lang) for lang in sorted({u.lang for u in utterances})}
     examples = [Example(u, prompt[u.lang], ids[u.text]) for u in utterances]
     too_long = [x for x in examples if x.num_tokens > limit]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +13,14 @@ import torch
 from torch import distributed
 
 from zipperasr.adapters import adapted_layers
-from zipperasr.data.packing import Batch, Example, make_batch
+from zipperasr.data.packing import Example, make_batch
 from zipperasr.errors import UserError
 from zipperasr.model import EncoderSettings
+from zipperasr.training.preflight import GIB, machine
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-GIB = 2**30
 MARGIN = 0.92
 """Share of the memory that `largest` fills: the allocator's gaps and the communication buffers need the rest."""
 
@@ -42,8 +43,10 @@ class Trial:
 
     def check(self, num_rows: int) -> str:
         """Try batches of `num_rows` rows; a line that says what they took. Raises UserError where they do not fit."""
-        batch, peak, total = self._batch(num_rows), self.peak(num_rows), total_bytes(self.engine.device)
-        what = f"heaviest batch ({num_rows} rows, {batch.audio_s:,.0f} s of audio, {batch.num_tokens:,} tokens)"
+        examples = list(chain.from_iterable(self.rows[:num_rows]))
+        audio_s, tokens = sum(x.utterance.num_frames for x in examples) / 100, sum(x.num_tokens for x in examples)
+        what = f"heaviest batch ({num_rows} rows, {audio_s:,.0f} s of audio, {tokens:,} tokens)"
+        peak, total = self.peak(num_rows), total_bytes(self.engine.device)
         if peak is None:
             raise UserError(does_not_fit(what, self.engine.module.stage, self.context, total))
         return f"{what}: {peak / GIB:.1f} of {total / GIB:.1f} GiB"
@@ -66,8 +69,13 @@ class Trial:
         return num_rows
 
     def peak(self, num_rows: int) -> float | None:
-        """The bytes that a batch takes at most, on the rank that takes most; None where it does not fit on one."""
-        model, batch = self.engine.module.train(), self._batch(num_rows).to(self.engine.device)
+        """The bytes that a batch takes at most, on the rank that takes most; None where it does not fit on one.
+
+        Its features are zeros, so that nothing is read.
+        """
+        model, num_bins = self.engine.module.train(), self.engine.module.encoder.conv1.in_channels
+        batch = make_batch(self.rows[:num_rows], features=lambda u: torch.zeros(u.num_frames, num_bins))
+        batch = batch.to(self.engine.device)
         wanted = [p for p in model.parameters() if p.requires_grad]
 
         def both_passes() -> None:
@@ -83,11 +91,6 @@ class Trial:
         most = torch.tensor(peak, dtype=torch.float64, device=self.engine.device)
         distributed.all_reduce(most, distributed.ReduceOp.MAX)
         return None if most.isinf() else most.item()
-
-    def _batch(self, num_rows: int) -> Batch:
-        """The heaviest rows, their features zeros, so that nothing is read."""
-        num_bins = self.engine.module.encoder.conv1.in_channels
-        return make_batch(self.rows[:num_rows], features=lambda u: torch.zeros(u.num_frames, num_bins))
 
 
 def does_not_fit(what: str, stage: int, context: str, total: float) -> str:
@@ -112,12 +115,9 @@ def peak_bytes(function: Callable[[], None], device: torch.device) -> float:
 
 
 def total_bytes(device: torch.device) -> float:
-    """The memory of a GPU, or of the machine."""
-    return (
-        torch.cuda.get_device_properties(device).total_memory
-        if device.type == "cuda"
-        else _kib("/proc/meminfo", "MemTotal")
-    )
+    """The memory of a GPU, or what this process may use of the machine's."""
+    is_cuda = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).total_memory if is_cuda else machine.memory_bytes()
 
 
 def free_bytes(device: torch.device) -> float:

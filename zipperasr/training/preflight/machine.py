@@ -66,7 +66,7 @@ def describe() -> Machine:
     return Machine(
         python=platform.python_version(),
         num_cores=len(os.sched_getaffinity(0)),
-        memory=_memory(),
+        memory=memory_bytes(),
         shm=shutil.disk_usage(shm).total if shm.is_dir() else None,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         torch=torch.__version__,
@@ -147,7 +147,7 @@ def _check_packages(machine: Machine) -> Iterator[Finding]:
         yield ok(f"{len(machine.pinned)} packages are those of constraints.txt")
 
 
-def _memory() -> int:
+def memory_bytes() -> int:
     """Bytes that this process may use: the machine's, or its container's if that has fewer."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     limit = Path("/sys/fs/cgroup/memory.max")
