@@ -18,14 +18,15 @@ import torch
 from lhotse import MonoCut, Recording, SupervisionSegment
 from torch import nn
 
-from zipperasr import config, files, prompts
+from zipperasr import config, files, languages, prompts
 from zipperasr.cli import recipe as recipes
 from zipperasr.cli.main import main
 from zipperasr.data import lists, manifests
 from zipperasr.data.features import FeatureSettings
 from zipperasr.data.utterances import load_utterances
 from zipperasr.decoding import DecodingSettings, job, worker
-from zipperasr.decoding.generate import transcribe
+from zipperasr.decoding.generate import Transcriber
+from zipperasr.decoding.guards import MIN_LOOP
 from zipperasr.model import checkpoint
 from zipperasr.model.speech_llm import SpeechLLM
 
@@ -99,24 +100,24 @@ def text_of(model, ids):
 @torch.inference_mode()
 def test_a_greedy_hypothesis_is_the_argmax_of_plain_forward_passes(model):
     speech = speech_of(model)
-    found = transcribe(model, speech, "de", CAPS, DecodingSettings())
+    found = Transcriber(model, "de", DecodingSettings())(speech, CAPS)
     for hypothesis, x, cap in zip(found, speech, CAPS, strict=True):
         ids, logprob = naive_greedy(model, x, cap)
         assert (hypothesis.text, hypothesis.num_tokens) == (text_of(model, ids), len(ids))
         assert hypothesis.logprob == pytest.approx(logprob, abs=1e-4)
-        assert hypothesis.is_capped == (ids[-1] != model.tokenizer.end_of_text)
-    assert {h.is_capped for h in found} == {True, False}  # or the test would not test both ends
+        assert ("capped" in hypothesis.flags) == (ids[-1] != model.tokenizer.end_of_text)
+    assert {"capped" in h.flags for h in found} == {True, False}  # or the test would not test both ends
     assert len({h.text for h in found}) == len(found)
 
 
 @pytest.mark.parametrize("beam", [1, 4])
 def test_a_hypothesis_does_not_depend_on_its_neighbours(model, beam):
     speech, settings = speech_of(model), DecodingSettings(beam=beam, length_penalty=0.7)
-    together = transcribe(model, speech, "de", CAPS, settings)
+    transcriber = Transcriber(model, "de", settings)
+    together = transcriber(speech, CAPS)
     for order in ([3, 1, 0, 2], [2, 0], *([i] for i in range(4))):
-        for i, hypothesis in zip(
-            order, transcribe(model, [speech[i] for i in order], "de", [CAPS[i] for i in order], settings), strict=True
-        ):
+        alone = transcriber([speech[i] for i in order], [CAPS[i] for i in order])
+        for i, hypothesis in zip(order, alone, strict=True):
             assert (hypothesis.text, hypothesis.num_tokens) == (together[i].text, together[i].num_tokens)
             assert hypothesis.logprob == pytest.approx(together[i].logprob, abs=1e-4)
 
@@ -138,7 +139,7 @@ def test_a_wide_beam_finds_the_most_probable_text(model):
     torch.manual_seed(3)
     small = SpeechLLM(model.encoder, model.projector, sharpened(tiny.make_lm(8, 0)), Letters(), {})
     caps = [3, 2, 3, 3]
-    found = transcribe(small, speech_of(small), "de", caps, DecodingSettings(beam=64, length_penalty=0))
+    found = Transcriber(small, "de", DecodingSettings(beam=64, length_penalty=0))(speech_of(small), caps)
     for hypothesis, x, cap in zip(found, speech_of(small), caps, strict=True):
         best = (-torch.inf, None)
         for length in range(1, cap + 1):
@@ -148,6 +149,68 @@ def test_a_wide_beam_finds_the_most_probable_text(model):
                     best = max(best, (steps[range(length), ids].sum().item(), ids))
         assert hypothesis.text == Letters().decode(best[1])
         assert hypothesis.logprob * hypothesis.num_tokens == pytest.approx(best[0], abs=1e-4)
+
+
+class Scripted(Letters):
+    """Letters, the last four of which are Greek."""
+
+    def decode(self, ids):
+        return super().decode(ids).translate(str.maketrans("defg", "δεζη"))
+
+
+@pytest.fixture(scope="module")
+def small(model):
+    """A model of eight tokens, which repeats itself."""
+    torch.manual_seed(8)
+    return SpeechLLM(model.encoder, model.projector, sharpened(tiny.make_lm(8, 0)), Scripted(), {})
+
+
+def has_loop(text, repeats):
+    """Whether some letters stand there often enough in a row, by the definition."""
+    units = ((start, unit) for unit in range(1, len(text)) for start in range(len(text) - unit + 1))
+    return any(text[i:].startswith(text[i : i + n] * max(repeats, math.ceil(MIN_LOOP / n))) for i, n in units)
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_a_loop_is_searched_for_again_or_cut_and_other_text_stays(small, beam):
+    speech, caps, loose = speech_of(small), [60, 50, 60, 40], {"beam": beam, "max_foreign_share": 1}
+    before = Transcriber(small, "de", DecodingSettings(loop_repeats=1000, **loose))(speech, caps)
+    transcriber = Transcriber(small, "de", DecodingSettings(loop_repeats=4, **loose))
+    after = transcriber(speech, caps)
+    for first, found in zip(before, after, strict=True):
+        assert ("loop" in found.flags) == has_loop(first.text, 4)
+        if "loop" in found.flags:
+            assert found.first_text == first.text and not has_loop(found.text, 4)
+            assert "redecoded" in found.flags or ("cut" in found.flags and first.text.startswith(found.text))
+        else:
+            assert found == first
+    assert any("loop" in found.flags for found in after)
+    for i, found in enumerate(after):
+        (alone,) = transcriber([speech[i]], [caps[i]])
+        assert (alone.text, alone.flags) == (found.text, found.flags)
+
+
+def test_text_in_another_script_is_searched_for_again_without_it(small):
+    speech, caps, german = speech_of(small), [30] * 4, languages.get("de")
+    before = Transcriber(small, "de", DecodingSettings(loop_repeats=1000, max_foreign_share=1))(speech, caps)
+    after = Transcriber(small, "de", DecodingSettings(loop_repeats=1000, max_foreign_share=0.2))(speech, caps)
+    for first, found in zip(before, after, strict=True):
+        assert ("script" in found.flags) == (languages.foreign_share(first.text, german) > 0.2)
+        is_again = "redecoded" in found.flags
+        assert found.first_text == (first.text if is_again else None) and (is_again or found.text == first.text)
+        assert not is_again or languages.foreign_share(found.text, german) in (0, None)
+    assert any("redecoded" in found.flags for found in after)
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_a_cache_of_fixed_size_changes_nothing(model, beam):
+    grown, fixed = (
+        Transcriber(model, "de", DecodingSettings(beam=beam, static_cache=static))(speech_of(model), CAPS)
+        for static in (False, True)
+    )
+    for one, other in zip(grown, fixed, strict=True):
+        assert (one.text, one.flags) == (other.text, other.flags)
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
 class Run(NamedTuple):
@@ -173,7 +236,9 @@ def write_set(data, lang, durations_s):
         utt_id = f"{lang}-{i}"
         path = data / "audio" / f"{utt_id}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, draw.normal(0, 0.1, int(duration_s * 16000)).astype(np.float32), 16000)
+        noise = draw.normal(0, 0.1, int(duration_s * 16000))
+        syllables = np.sin(np.arange(len(noise)) * 4 * np.pi / 16000) ** 2 + 0.01  # 4 Hz
+        soundfile.write(path, (noise * syllables).astype(np.float32), 16000)
         recording = Recording.from_file(path, recording_id=utt_id)
         supervision = SupervisionSegment(utt_id, utt_id, 0, recording.duration, text="haus\u3000 baum ", language=lang)
         cut = MonoCut(utt_id, 0, recording.duration, 0, recording=recording, supervisions=[supervision])
@@ -243,7 +308,8 @@ def test_a_decode_directory_holds_the_list_in_its_order(run):
     timing = json.loads(run.read("timing.json"))
     assert timing["audio_s"] == pytest.approx(sum(u.duration_s for u in listed))
     assert timing["rtfx"] == pytest.approx(timing["audio_s"] / timing["wall_s"])
-    assert 0 < timing["encoder_s"] + timing["generate_s"] <= timing["wall_s"]
+    parts = [timing[name] for name in ("encoder_s", "prefill_s", "step_s", "detokenise_s")]
+    assert min(parts) > 0 and sum(parts) <= timing["wall_s"]
     assert set(os.listdir(run.directory / "decode_noise_de_test")) == {*job.OUTPUTS, ".done", ".lock"}
 
 
@@ -266,9 +332,9 @@ def test_a_killed_decode_goes_on_and_ends_with_the_same_results(run, monkeypatch
     shutil.rmtree(directory)
     transcribed = []
 
-    def transcribe_all(model, job, batch):
+    def transcribe_all(transcriber, job, batch, encoded):
         transcribed.append([u.id for u, _ in batch])
-        return real(model, job, batch)
+        return real(transcriber, job, batch, encoded)
 
     def transcribe_three_batches(*args):
         if len(transcribed) == 3:
@@ -318,12 +384,62 @@ def test_unreadable_audio_costs_its_own_utterance_only(run, capsys):
     assert [err.count(f"cut '{utt_id}'") for utt_id in sorted(bad)] == [1] * 4
 
 
+def test_silence_has_empty_text_and_ten_milliseconds_count_as_deleted(run, capsys):
+    soundfile.write(run.data / "audio" / "de-3.wav", np.zeros(int(2.6 * 16000)), 16000)
+    write_set(run.data, "zh", [0.01, 1.1])
+    (run.data / "lists" / "source" / "test" / "noise_zh_test.txt").write_text("zh-0\nzh-1\n")
+    assert main(run.args("noise_de_test", "noise_zh_test")) == 0
+    silent = run.utts()["de-3"]
+    assert (silent["text"], silent["flags"], silent["logprob"]) == ("", ["no_speech"], None)
+    assert "de-3\n" in run.read("hyp")
+    assert {i: row["flags"] == ["unreadable"] for i, row in run.utts("zh").items()} == {"zh-0": True, "zh-1": False}
+    assert "cut 'zh-0': 0.01 s is too short" in capsys.readouterr().err
+    assert json.loads(run.read("timing.json"))["flags"]["no_speech"] == 2  # it is listed twice
+
+
+def test_the_encoders_output_is_kept_as_its_mean_over_time(run):
+    assert main(run.args("noise_de_test")) == 0
+    with np.load(run.directory / "decode_noise_de_test" / "encodings.npz") as kept:
+        by_id = dict(zip(kept["ids"].tolist(), kept["vectors"], strict=True))
+    listed = load_utterances(run.data, "target", "test", ["noise_de_test"], FeatureSettings(storage="on_the_fly"))
+    model = checkpoint.load_run(run.directory)
+    assert list(by_id) == [u.id for u in listed]
+    for u in listed:
+        with torch.inference_mode():
+            frames, _ = model.encoder([u.features()], ["de"], WINDOW_S)
+        assert torch.tensor(by_id[u.id]).allclose(frames.mean(0), atol=2e-4)
+
+
+def test_a_set_is_decoded_as_another_language_beside_its_own_results(run):
+    assert main(run.args("noise_de_test", "noise_zh_test")) == 0
+    own = run.utts()
+    assert main(run.args("noise_de_test", more=["--as", "de", "th", "--first", "4"])) == 0
+    found = {}
+    for lang in ("de", "th"):
+        directory = run.directory / f"as_{lang}" / "decode_noise_de_test"
+        meta = files.read_json(directory / "meta.json")
+        assert (meta["lang"], meta["as"], meta["first"]) == ("de", lang, 4)
+        found[lang] = [json.loads(line) for line in (directory / "utts.jsonl").read_text().splitlines()]
+        assert [row["id"] for row in found[lang]] == list(own)[:4]
+    assert [row["text"] for row in found["de"]] == [row["text"] for row in own.values()][:4]
+    assert [row["text"] for row in found["th"]] != [row["text"] for row in found["de"]]
+    assert run.utts() == own
+    model = checkpoint.load_run(run.directory).merged("th")
+    (u,) = load_utterances(run.data, "target", "test", ["noise_de_test"], FeatureSettings(storage="on_the_fly"))[:1]
+    with torch.inference_mode():
+        speech = model.speech_embeddings([u.features()], ["th"], WINDOW_S)
+    settings = DecodingSettings(max_tokens_per_s=5, min_max_tokens=3)
+    (expected,) = Transcriber(model, "th", settings)(speech, [worker.max_tokens(u, settings)])
+    assert found["th"][0]["text"] == expected.text
+
+
 @pytest.mark.parametrize(
     ("sets", "more", "said"),
     [
         (["noise_fr_test"], [], "no setting tests on the set 'noise_fr_test'; there are noise_de_test, noise_zh_test"),
         (["noise_de_test"], ["--step", "3"], "no checkpoint at step 3; there are 7"),
         (["noise_de_test"], ["model.encoder.context=chunked"], "a trained run takes only decoding.<key> and"),
+        (["noise_de_test"], ["--as", "xx"], "unknown language 'xx'; known: ar,"),
         (["noise_de_test"], ["decoding.bean=4"], "unknown key 'decoding.bean'; known here: beam,"),
     ],
 )

@@ -6,7 +6,6 @@ in turn; a case is compared with another of the same round, and the median is ta
 
 import platform
 import statistics
-import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from zipperasr import files, markdown
+from zipperasr.model.clock import clock
 
 WARM_UP = 2  # rounds that are not counted
 Cell = str | float | int | None
@@ -37,13 +37,6 @@ def header(at: dict[str, Any]) -> Row:
     name = torch.cuda.get_device_name() if at["device"] == "cuda" else _cpu_name()
     dtype = str(at["dtype"]).removeprefix("torch.")
     return {"device": name, "dtype": dtype, "torch": torch.__version__, "threads": torch.get_num_threads()}
-
-
-def clock() -> float:
-    """Seconds, read when a GPU has done all that it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def interleave(

@@ -19,6 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sets", nargs="+", required=True, metavar="SET", help="<corpus>_<lang>_<split>")
     parser.add_argument("--setting", help="whose test lists (default: the run's own, else any that has the set)")
     recipe.add_checkpoint_arguments(parser)
+    parser.add_argument(
+        "--as", nargs="+", dest="as_langs", default=[None], metavar="LANG",
+        help="stress test: with the adapter and prompt of these languages, into RUN_DIR/as_<lang>/decode_<set>",
+    )  # fmt: skip
+    parser.add_argument("--first", type=int, metavar="N", help="only so many utterances of each list")
     parser.add_argument("--nj", type=int, default=1, help="number of processes (%(default)s; on GPUs at most one each)")
     parser.add_argument("--share", type=recipe.share, help="do the share of one job alone: 2/8")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as decoding.beam=4")
@@ -38,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     settings = RunSettings(stage=whole.stage, model=whole.model)
     jobs = decode.plan(
         args.run_dir, args.data_dir, sets, run=settings, data=whole.data, decoding=whole.decoding,
-        setting=setting, step=args.step, average=args.average,
+        setting=setting, step=args.step, average=args.average, as_langs=args.as_langs, first=args.first,
     )  # fmt: skip
     for job in (job for job in jobs if job.is_done):
         print(f"{job.directory}: complete", flush=True)

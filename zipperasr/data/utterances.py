@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zipperasr.data import audio, augment, lists, manifests, shar, store
-from zipperasr.data.features import FeatureSettings, log_mel, num_frames
+from zipperasr.data.features import N_FFT, FeatureSettings, log_mel, num_frames
 from zipperasr.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,15 +44,19 @@ class Utterance:
     source: audio.Span | shar.Member = field(repr=False, compare=False)
     speed: float = 1
     """At which the audio of `source` is played; stored features are of this speed already."""
+    speaker: str | None = None
 
     def features(self) -> Tensor:
         """Log-mel features [num_frames, num_mel_bins], float32: read if they are stored, else computed.
 
-        Raises UserError naming the utterance when its source cannot be read.
+        Raises UserError naming the utterance when its source cannot be read, or is shorter than 13 ms.
         """
         if isinstance(self.source, shar.Member) and self.source.field == "features":
             return store.read_features(self.source, self.id)
-        return log_mel(augment.perturb_speed(self._samples(), self.speed), self.num_mel_bins)
+        samples = augment.perturb_speed(self._samples(), self.speed)
+        if len(samples) <= N_FFT // 2:
+            raise UserError(f"cut '{self.id}': {self.duration_s:g} s is too short for features; drop it at stage 1")
+        return log_mel(samples, self.num_mel_bins)
 
     def _samples(self) -> np.ndarray:
         if isinstance(self.source, shar.Member):
@@ -162,4 +166,6 @@ def _utterance(cut: dict[str, Any], source: audio.Span | shar.Member, num_mel_bi
     text = (supervision.get("custom") or {}).get("train_text", reference)
     text = reference if text == reference else text  # one string then
     lang = sys.intern(supervision["language"])
-    return Utterance(cut["id"], lang, text, reference, duration_s, num_frames(duration_s), num_mel_bins, source)
+    frames, speaker = num_frames(duration_s), supervision.get("speaker")
+    speaker = speaker and sys.intern(speaker)  # one string for all that one speaker says
+    return Utterance(cut["id"], lang, text, reference, duration_s, frames, num_mel_bins, source, speaker=speaker)

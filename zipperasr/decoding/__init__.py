@@ -1,6 +1,6 @@
 """Transcribing sets with a trained run. This module holds the settings only, so that it is instant to import."""
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from zipperasr.config import Settings
 
@@ -11,7 +11,13 @@ class DecodingSettings(Settings):
     `beam` 1 is greedy; a hypothesis of S tokens is ranked by its log-probability / S ** `length_penalty`.
     An utterance may take `max_tokens_per_s` tokens for each second of its audio, or `min_max_tokens` if that is more: a
     cap that depends on nothing but the utterance. `max_tokens_per_batch` bounds a batch's positions (prompt, speech and
-    cap of its longest utterance, times utterances, times beams) and so its memory; results do not depend on it.
+    cap of its longest utterance, times utterances, times beams) and so its memory; results do not depend on it. With a
+    `static_cache` (None: on a GPU) keys and values have a fixed size, and the step is compiled.
+
+    Guards, each of which raises flags (zipperasr/decoding/decode.py). Nothing is decoded where the features are below
+    `min_level_db`, or their level varies by less than `min_modulation_db` (guards.has_speech): silence, noise and hum
+    have empty text. A unit of tokens `loop_repeats` times in a row, or more than `max_foreign_share` of the letters in
+    another language's script, and the utterance is decoded once more without loops and such letters.
     """
 
     beam: PositiveInt = 1
@@ -19,3 +25,8 @@ class DecodingSettings(Settings):
     max_tokens_per_s: PositiveFloat = 20.0
     min_max_tokens: PositiveInt = 20
     max_tokens_per_batch: PositiveInt = 16384
+    static_cache: bool | None = None
+    min_level_db: float = -80.0
+    min_modulation_db: NonNegativeFloat = 1.0
+    loop_repeats: int = Field(6, ge=3)
+    max_foreign_share: float = Field(0.5, ge=0, le=1)

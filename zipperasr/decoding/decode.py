@@ -4,13 +4,17 @@ While a set is being decoded, each process appends what it has to a part of its 
 the key stands for everything the result depends on: a killed decode goes on with what the parts of its key hold. Jobs
 that each decode a share of the utterances (a Slurm array, for example) write parts only. At the end
 
-    hyp, ref       lines of "id text" in the order of the list: `ref` has every utterance, `hyp` those that were read
-    utts.jsonl     id, lang, text, logprob (mean over tokens), num_tokens, flags, duration_s
-    timing.json    seconds of audio and of work (without loading the model), RTFx, how often each flag was raised
-    meta.json      what was decoded, and with what
+    hyp, ref         lines of "id text" in the order of the list: `ref` has every utterance, `hyp` those that were read
+    utts.jsonl       id, lang, speaker, text, logprob (mean over tokens), num_tokens, flags, duration_s, and where a
+                     guard has changed the text, `first_text`
+    encodings.npz    the encoder's output, averaged over time, of the first NUM_ENCODINGS utterances: `ids`, `vectors`
+    timing.json      seconds of audio and of work (without loading the model), RTFx, how often each flag was raised
+    meta.json        what was decoded, and with what
 
 Flags: `capped` (stopped at its cap of tokens), `empty`, `split` (longer than the window of a full-context encoder, so
-encoded in windows), `unreadable` (no features).
+encoded in windows), `unreadable` (no features); `no_speech` (silence or noise: not decoded), `loop` and `script` (what
+was found repeats itself, or is in another language's script), `redecoded` (the text is that of a second search), `cut`
+(the second search did not end either: the text is the first, without the rounds of its loop).
 """
 
 import json
@@ -25,13 +29,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zipperasr import adapters, files
+import numpy as np
+
+from zipperasr import adapters, files, languages
 from zipperasr.data import DataSettings, lists, manifests, workers
 from zipperasr.data.utterances import Utterance, load_utterances
 from zipperasr.decoding import DecodingSettings
 from zipperasr.decoding.job import Job
 from zipperasr.errors import UserError
 from zipperasr.model import WEIGHTS, RunSettings, Step, checkpoints_by_step, choose_steps
+
+NUM_ENCODINGS = 50
+SECONDS = ("wall_s", "encoder_s", "prefill_s", "step_s", "detokenise_s")
 
 
 def plan(
@@ -45,11 +54,14 @@ def plan(
     setting: str,
     step: Step = None,
     average: int = 1,
+    as_langs: Sequence[str | None] = (None,),
+    first: int | None = None,
 ) -> list[Job]:
-    """A job for each set, made without importing torch, so that sets which are done cost nothing.
+    """A job for each set and each of `as_langs`, made without importing torch, so that what is done costs nothing.
 
-    A set's list is that of `setting`, or of the first setting that tests on the set. `step` and `average` are those of
-    choose_steps. Raises UserError when there is no such list or no such checkpoint.
+    A set's list is that of `setting`, or of the first setting that tests on the set; `first` cuts it. `step` and
+    `average` are those of choose_steps. A language of `as_langs` has its adapter and prompt in place of the set's own.
+    Raises UserError when there is no such list, checkpoint or language.
     """
     steps, complete = choose_steps(run_dir, step, average=average), checkpoints_by_step(run_dir)
     folders = [run_dir / "init", *(complete[at] for at in steps)]
@@ -62,8 +74,13 @@ def plan(
         inputs = [lists.find(data_dir, where, "test").get(name), *manifests.find(data_dir, {corpus: [lang]}).values()]
         if not all(inputs):
             raise UserError(f"{name}: no list in {data_dir}; run stages 1 and 2 again")
-        key = files.fingerprint([model, decoding.model_dump(), *map(files.sha256, inputs)])
-        jobs.append(Job(run_dir, steps, run, data_dir, where, name, data.features, decoding, model, key))
+        digests = list(map(files.sha256, inputs))
+        for as_lang in as_langs:
+            key = files.fingerprint(
+                [model, decoding.model_dump(), *digests, as_lang and languages.get(as_lang).code, first]
+            )
+            job = Job(run_dir, steps, run, data_dir, where, name, data.features, decoding, model, key, as_lang, first)
+            jobs.append(job)
     return jobs
 
 
@@ -82,10 +99,11 @@ def decode(
             for directory in _held(job, share):
                 stack.enter_context(files.lock(directory))
             (job.directory / ".done").unlink(missing_ok=True)
-            listed.append(load_utterances(job.data_dir, job.setting, "test", [job.set], job.features))
+            listed.append(load_utterances(job.data_dir, job.setting, "test", [job.set], job.features)[: job.first])
+        encoded = [frozenset(u.id for u in utterances[:NUM_ENCODINGS]) for utterances in listed]
         todo = [_todo(job, utterances, share) for job, utterances in zip(jobs, listed, strict=True)]
         pools = _start_pools(nj, stack) if nj > 1 and any(todo) else []
-        started = [_start(job, utterances, pools) for job, utterances in zip(jobs, todo, strict=True)]
+        started = [_start(job, *work, pools) for job, *work in zip(jobs, todo, encoded, strict=True)]
         for job, utterances, waits in zip(jobs, listed, started, strict=True):
             try:
                 for wait in waits:
@@ -139,17 +157,21 @@ def _todo(job: Job, utterances: Sequence[Utterance], share: tuple[int, int] | No
     return [u for u in longest_first[first::step] if u.id not in done]
 
 
-def _start(job: Job, todo: Sequence[Utterance], pools: Sequence[ProcessPoolExecutor]) -> list[Callable[[], None]]:
+def _start(
+    job: Job, todo: Sequence[Utterance], encoded: frozenset[str], pools: Sequence[ProcessPoolExecutor]
+) -> list[Callable[[], None]]:
     """Share out what there is to do, if anything; what is returned waits for the processes (or does it here)."""
     num = len(pools)
-    waits = [pool.submit(_decode_share, job, todo[j::num], j, num).result for j, pool in enumerate(pools)]
-    return (waits or [partial(_decode_share, job, todo)]) if todo else []
+    waits = [pool.submit(_decode_share, job, todo[j::num], encoded, j, num).result for j, pool in enumerate(pools)]
+    return (waits or [partial(_decode_share, job, todo, encoded)]) if todo else []
 
 
-def _decode_share(job: Job, utterances: Sequence[Utterance], share: int = 0, num_shares: int = 1) -> None:
+def _decode_share(
+    job: Job, utterances: Sequence[Utterance], encoded: frozenset[str], share: int = 0, num_shares: int = 1
+) -> None:
     from zipperasr.decoding import worker
 
-    worker.decode_share(job, utterances, share, num_shares)
+    worker.decode_share(job, utterances, encoded, share, num_shares)
 
 
 def _read_parts(job: Job) -> dict[str, dict[str, Any]]:
@@ -168,7 +190,8 @@ def _write_outputs(job: Job, utterances: Sequence[Utterance]) -> dict[str, Any]:
     found = _read_parts(job)
     records = [found[u.id] for u in utterances]
     shares = [record.pop("seconds") for record in records]
-    seconds = {name: sum(share[name] for share in shares) for name in ("wall_s", "encoder_s", "generate_s")}
+    encodings = {record["id"]: record.pop("encoding") for record in records if "encoding" in record}
+    seconds = {name: sum(share[name] for share in shares) for name in SECONDS}
     audio_s = sum(u.duration_s for u in utterances)
     timing = {"audio_s": audio_s, "rtfx": audio_s / seconds["wall_s"], **seconds, "num_utts": len(utterances)}
     timing["flags"] = Counter(flag for record in records for flag in record["flags"])
@@ -179,6 +202,9 @@ def _write_outputs(job: Job, utterances: Sequence[Utterance]) -> dict[str, Any]:
         hyp.writelines(_line(record["id"], record["text"]) for record in records if "unreadable" not in record["flags"])
     with files.write(directory / "utts.jsonl") as utts:
         utts.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    with files.beside(directory / "encodings.npz") as temporary:
+        vectors = np.array(list(encodings.values()), np.float32).reshape(len(encodings), -1)
+        np.savez(temporary, ids=np.array(list(encodings), str), vectors=vectors)
     files.write_json(directory / "timing.json", timing)
     files.write_json(directory / "meta.json", _meta(job))
     files.mark_done(directory, job.key)
@@ -195,7 +221,7 @@ def _line(utt_id: str, text: str) -> str:
 
 def _meta(job: Job) -> dict[str, Any]:
     model, adapter = job.run.model, job.run.model.adapter
-    is_unseen = adapter and job.lang not in adapter.langs and adapters.method_class(adapter.method).by_language
+    is_unseen = adapter and job.spoken_as not in adapter.langs and adapters.method_class(adapter.method).by_language
     return {
         "set": job.set,
         "lang": job.lang,
@@ -207,5 +233,7 @@ def _meta(job: Job) -> dict[str, Any]:
         "encoder": model.encoder.context,
         "method": adapter.method if adapter else None,
         "unseen_policy": adapter.unseen if is_unseen else None,
+        "as": job.as_lang,
+        "first": job.first,
         **job.decoding.model_dump(),
     }

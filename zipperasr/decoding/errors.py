@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from zipperasr import languages, prompts
+from zipperasr import languages
 from zipperasr.data.utterances import Utterance
 from zipperasr.decoding import DecodingSettings
-from zipperasr.decoding.generate import transcribe
+from zipperasr.decoding.generate import Transcriber
 from zipperasr.decoding.worker import batches, max_tokens, segment_s
 from zipperasr.model import EncoderSettings
 from zipperasr.model.speech_llm import SpeechLLM
@@ -32,9 +32,9 @@ def count_errors(
     decoding = decoding.model_copy(update={"beam": 1})
     counts = {}
     for lang, some in by_lang.items():
-        prompt_tokens, hyps = len(prompts.prompt_ids(model.tokenizer, lang)), {}
-        for batch in batches(some, decoding, prompt_tokens=prompt_tokens):
-            hyps |= dict(zip((u.id for u in batch), _texts(model, batch, encoder, decoding), strict=True))
+        transcriber, hyps = Transcriber(model, lang, decoding), {}
+        for batch in batches(some, decoding, prompt_tokens=len(transcriber.prompt)):
+            hyps |= dict(zip((u.id for u in batch), _texts(transcriber, batch, encoder), strict=True))
         aligned = score({u.id: u.reference for u in some}, hyps, languages.get(lang), profile)
         total = sum((utterance.counts for utterance in aligned), Counts())
         counts[lang] = total.errors, total.ref_len
@@ -42,11 +42,10 @@ def count_errors(
 
 
 @torch.inference_mode()
-def _texts(
-    model: SpeechLLM, batch: Sequence[Utterance], encoder: EncoderSettings, decoding: DecodingSettings
-) -> list[str]:
+def _texts(transcriber: Transcriber, batch: Sequence[Utterance], encoder: EncoderSettings) -> list[str]:
+    model = transcriber.model
     device, lang = model.encoder.conv1.weight.device, batch[0].lang
     features = [u.features().to(device) for u in batch]
     speech = model.speech_embeddings(features, [lang] * len(batch), segment_s(model, encoder))
-    caps = [max_tokens(u, decoding) for u in batch]
-    return [hypothesis.text for hypothesis in transcribe(model, speech, lang, caps, decoding)]
+    caps = [max_tokens(u, transcriber.settings) for u in batch]
+    return [hypothesis.text for hypothesis in transcriber(speech, caps)]

@@ -8,14 +8,15 @@ from zipperasr.data import FeatureSettings
 from zipperasr.decoding import DecodingSettings
 from zipperasr.model import RunSettings
 
-OUTPUTS = ("hyp", "ref", "utts.jsonl", "timing.json", "meta.json")
+OUTPUTS = ("hyp", "ref", "utts.jsonl", "encodings.npz", "timing.json", "meta.json")
 
 
 @dataclass(frozen=True)
 class Job:
     """One set to decode with a checkpoint of a run, or with the mean of several.
 
-    `model` is a digest of the weights and their settings, `key` of all that the result depends on.
+    `model` is a digest of the weights and their settings, `key` of all that the result depends on. `as_lang` is the
+    language to decode as, in place of the set's own; `first` the number of utterances, from the top of the list.
     """
 
     run_dir: Path
@@ -28,16 +29,23 @@ class Job:
     decoding: DecodingSettings
     model: str
     key: str
+    as_lang: str | None = None
+    first: int | None = None
 
     @property
     def directory(self) -> Path:
-        """Where the results go."""
-        return self.run_dir / f"decode_{self.set}"
+        """Where the results go; those of another language's adapter and prompt apart."""
+        return self.run_dir / (f"as_{self.as_lang}" if self.as_lang else "") / f"decode_{self.set}"
 
     @property
     def lang(self) -> str:
         """The language of the set."""
         return self.set.split("_", 2)[1]
+
+    @property
+    def spoken_as(self) -> str:
+        """The language whose adapter and prompt are used."""
+        return self.as_lang or self.lang
 
     @property
     def is_done(self) -> bool:

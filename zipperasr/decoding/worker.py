@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from zipperasr import prompts
 from zipperasr.data.packing import num_speech_tokens
 from zipperasr.data.utterances import Utterance
 from zipperasr.decoding import DecodingSettings
-from zipperasr.decoding.generate import Hypothesis, transcribe
+from zipperasr.decoding.generate import POSITIONS, Hypothesis, Seconds, Transcriber
+from zipperasr.decoding.guards import has_speech
 from zipperasr.decoding.job import Job
 from zipperasr.errors import UserError
 from zipperasr.model import EncoderSettings
 from zipperasr.model.checkpoint import load_run
+from zipperasr.model.clock import clock
 from zipperasr.model.speech_llm import SpeechLLM
 
 Batch = list[tuple[Utterance, Tensor | None]]  # with features [F_u, bins], or None where they cannot be read
 
 
-def decode_share(job: Job, utterances: Sequence[Utterance], share: int, num_shares: int) -> None:
+def decode_share(
+    job: Job, utterances: Sequence[Utterance], encoded: frozenset[str], share: int, num_shares: int
+) -> None:
     """Transcribe `utterances`, longest first, into a new part of the job; share j uses the j-th GPU if there are any.
+
+    `encoded` are the ids of those whose encoder output is kept.
 
     Raises UserError when a batch does not fit the GPU's memory.
     """
@@ -39,15 +45,15 @@ def decode_share(job: Job, utterances: Sequence[Utterance], share: int, num_shar
     if num_shares > 1:
         torch.set_num_threads(1)
     device = f"cuda:{share % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    model = _load(job.run_dir, job.steps, job.model, device).merged(job.lang)
-    prompt_tokens = len(prompts.prompt_ids(model.tokenizer, job.lang))
+    model = _load(job.run_dir, job.steps, job.model, device).merged(job.spoken_as)
+    transcriber = Transcriber(model, job.spoken_as, job.decoding)
     path = job.directory / f"part.{job.key}.{uuid.uuid4().hex[:8]}.jsonl"
     bar = tqdm(total=len(utterances), desc=job.set, unit="utt", mininterval=1, disable=True if share else None)
     with open(path, "w", encoding="utf-8") as part, bar:
         started = time.perf_counter()
-        for batch in _read_ahead(batches(utterances, job.decoding, prompt_tokens=prompt_tokens)):
+        for batch in _read_ahead(batches(utterances, job.decoding, prompt_tokens=len(transcriber.prompt))):
             try:
-                records, seconds = _transcribe(model, job, batch)
+                records, seconds = _transcribe(transcriber, job, batch, encoded)
             except torch.OutOfMemoryError as error:
                 mend = f"lower decoding.max_tokens_per_batch={job.decoding.max_tokens_per_batch}"
                 raise UserError(f"{job.set}: {len(batch)} utterances do not fit the GPU's memory; {mend}") from error
@@ -77,6 +83,7 @@ def batches(
     while start < len(utterances):
         longest = utterances[start]
         positions = prompt_tokens + num_speech_tokens(longest.num_frames) + max_tokens(longest, settings)
+        positions = -(-positions // POSITIONS) * POSITIONS
         stop = start + max(1, settings.max_tokens_per_batch // (positions * settings.beam))
         yield utterances[start:stop]
         start = stop
@@ -108,30 +115,42 @@ def _features(utterance: Utterance) -> Tensor | None:
         return None
 
 
-def _transcribe(model: SpeechLLM, job: Job, batch: Batch) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """A record of each utterance, and the seconds that the encoder and the LLM took."""
-    settings = job.run.model.encoder
-    readable = [u for u, features in batch if features is not None]
-    features = [x.to(model.encoder.conv1.weight.device) for _, x in batch if x is not None]
-    caps = [max_tokens(u, job.decoding) for u in readable]
-    started, langs = time.perf_counter(), [job.lang] * len(features)
-    with torch.inference_mode():
-        speech = model.speech_embeddings(features, langs, segment_s(model, settings)) if features else []
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    encoded = time.perf_counter()
-    hypotheses = transcribe(model, speech, job.lang, caps, job.decoding) if features else []
-    seconds = {"encoder_s": encoded - started, "generate_s": time.perf_counter() - encoded}
-    hypothesis_of = dict(zip((u.id for u in readable), hypotheses, strict=True))
+def _transcribe(
+    transcriber: Transcriber, job: Job, batch: Batch, encoded: frozenset[str]
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """A record of each utterance, and the seconds of each part of the work."""
+    model, settings = transcriber.model, job.run.model.encoder
+    heard = {u.id: x for u, x in batch if x is not None and _has_speech(x, job.decoding)}
+    transcriber.seconds, started, hypotheses, means = Seconds(), clock(), {}, {}
+    if heard:
+        features = [x.to(model.encoder.conv1.weight.device) for x in heard.values()]
+        with torch.inference_mode():
+            frames, lengths = model.encoder(features, [job.spoken_as] * len(features), segment_s(model, settings))
+            speech = model.projector(frames, lengths)
+        encoder_s = clock() - started
+        caps = [max_tokens(u, job.decoding) for u, _ in batch if u.id in heard]
+        hypotheses = dict(zip(heard, transcriber(speech, caps), strict=True))
+        means = {i: x.float().mean(0) for i, x in zip(heard, frames.split(lengths), strict=True) if i in encoded}
+    seconds = {"encoder_s": encoder_s if heard else 0.0, **asdict(transcriber.seconds)}
     max_s = segment_s(model, settings) if settings.context == "full" else math.inf
-    return [_record(u, hypothesis_of.get(u.id), is_split=u.duration_s > max_s) for u, _ in batch], seconds
+    records = [_record(u, x is not None, hypotheses.get(u.id), is_split=u.duration_s > max_s) for u, x in batch]
+    for record in records:
+        if record["id"] in means:
+            record["encoding"] = [round(value, 4) for value in means[record["id"]].tolist()]
+    return records, seconds
 
 
-def _record(utterance: Utterance, hypothesis: Hypothesis | None, *, is_split: bool) -> dict[str, Any]:
-    if hypothesis is None:
-        said, flags = {"text": "", "logprob": None, "num_tokens": 0}, {"unreadable": True}
+def _has_speech(features: Tensor, settings: DecodingSettings) -> bool:
+    levels = {"min_level_db": settings.min_level_db, "min_modulation_db": settings.min_modulation_db}
+    return has_speech(features, **levels)
+
+
+def _record(utterance: Utterance, is_read: bool, found: Hypothesis | None, *, is_split: bool) -> dict[str, Any]:
+    record = {"id": utterance.id, "lang": utterance.lang, "speaker": utterance.speaker}
+    if found is None:
+        said, flags = {"text": "", "logprob": None, "num_tokens": 0}, ["no_speech" if is_read else "unreadable"]
     else:
-        said = {"text": hypothesis.text, "logprob": round(hypothesis.logprob, 5), "num_tokens": hypothesis.num_tokens}
-        flags = {"capped": hypothesis.is_capped, "empty": not hypothesis.text, "split": is_split}
-    raised = [flag for flag, is_raised in flags.items() if is_raised]
-    return {"id": utterance.id, "lang": utterance.lang, **said, "flags": raised, "duration_s": utterance.duration_s}
+        said = {"text": found.text, "logprob": round(found.logprob, 5), "num_tokens": found.num_tokens}
+        flags = [*found.flags, *["empty"] * (not found.text), *["split"] * is_split]
+    first = {"first_text": found.first_text} if found and found.first_text is not None else {}
+    return record | said | {"flags": flags, "duration_s": utterance.duration_s} | first
