@@ -25,6 +25,7 @@ VERBS = {
     "add-language": "give a trained stage-2 run another language, and leave the others as they are",
     "decode": "transcribe sets with a trained run",
     "score": "word or character error rates of decode directories",
+    "compare": "whether one system's error rate differs from another's, and where",
     "report": "tables and figures of every scored run",
     "inspect": "print what a checkpoint holds: parameters, languages, shares of specific ranks",
     "export": "write a run in the formats of transformers and PEFT",

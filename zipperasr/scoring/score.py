@@ -1,27 +1,31 @@
-"""Scores of a decode directory: `hyp` and `ref` in Kaldi text form -> `scores.json`, `per_utt`, `align`.
+"""Units to counts and alignments, and the files that hold texts and counts.
 
-Every reference is in the denominator: an utterance without a hypothesis counts as deleted, and is named.
+Every reference is in the denominator: an utterance without a hypothesis counts as deleted. An empty reference adds
+nothing to it, but what was inserted there counts.
 """
 
 import dataclasses
-import importlib.metadata
+import functools
 import json
+import math
+import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import jiwer
+from rapidfuzz.distance import Levenshtein
 
-import zipperasr
 from zipperasr import files, languages
 from zipperasr.errors import UserError
 from zipperasr.languages import Language
 from zipperasr.scoring import normalise
 
-OPS = {"equal": "", "substitute": "S", "insert": "I", "delete": "D"}
+OPS = {"equal": "", "replace": "S", "insert": "I", "delete": "D"}
+PAINT = {"S": "\x1b[33m", "I": "\x1b[36m", "D": "\x1b[31m"}  # yellow, cyan, red
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Counts:
     """Edit operations of a minimal alignment, in words or characters."""
 
@@ -31,7 +35,7 @@ class Counts:
     dele: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+        return Counts(self.hits + other.hits, self.sub + other.sub, self.ins + other.ins, self.dele + other.dele)
 
     @property
     def ref_len(self) -> int:
@@ -48,65 +52,99 @@ class Counts:
         """Errors in percent of the reference; None where it is empty (its insertions still count in a sum)."""
         return 100 * self.errors / self.ref_len if self.ref_len else None
 
+    def as_dict(self) -> dict[str, int]:
+        """The numbers by the names they have in files."""
+        return {"ref_len": self.ref_len, "hits": self.hits, "sub": self.sub, "ins": self.ins, "del": self.dele}
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Aligned:
-    """One scored utterance: its counts and (reference unit, hypothesis unit, operation) columns, "" for a gap."""
+    """One scored utterance: its counts, and the units of reference and hypothesis (None where there is none)."""
 
     id: str
     counts: Counts
-    columns: list[tuple[str, str, str]]
-    is_missing: bool = False
+    ref: list[str]
+    hyp: list[str] | None
+
+    @property
+    def columns(self) -> list[tuple[str, str, str]]:
+        """The alignment as (reference unit, hypothesis unit, operation), "" for a gap and for a hit."""
+        hyp, columns = self.hyp or [], []
+        for tag, r0, r1, h0, h1 in Levenshtein.opcodes(self.ref, hyp):
+            length = max(r1 - r0, h1 - h0)
+            columns += zip(self.ref[r0:r1] or [""] * length, hyp[h0:h1] or [""] * length, [OPS[tag]] * length)
+        return columns
 
 
 def align(utt_id: str, ref: list[str], hyp: list[str] | None) -> Aligned:
     """A minimal alignment of two sequences of units; `hyp` is None where there is no hypothesis."""
-    out = jiwer.process_words([ref], [hyp or []], reference_transform=list, hypothesis_transform=list)
-    columns = []
-    for chunk in out.alignments[0]:
-        refs, hyps = ref[chunk.ref_start_idx : chunk.ref_end_idx], (hyp or [])[chunk.hyp_start_idx : chunk.hyp_end_idx]
-        length = max(len(refs), len(hyps))
-        columns += zip(refs or [""] * length, hyps or [""] * length, [OPS[chunk.type]] * length)
-    counts = Counts(out.hits, out.substitutions, out.insertions, out.deletions)
-    return Aligned(utt_id, counts, columns, is_missing=hyp is None)
+    tags = [edit.tag for edit in Levenshtein.editops(ref, hyp or [])]
+    sub, ins, dele = map(tags.count, ("replace", "insert", "delete"))
+    return Aligned(utt_id, Counts(len(ref) - sub - dele, sub, ins, dele), ref, hyp)
 
 
 def score(refs: dict[str, str], hyps: dict[str, str], language: Language, profile: str = "whisper") -> list[Aligned]:
-    """Every reference, in its order, aligned with its hypothesis after normalisation.
-
-    Raises UserError naming the hypotheses that have no reference.
-    """
-    if unknown := [utt_id for utt_id in hyps if utt_id not in refs]:
-        raise UserError(f"{len(unknown)} hypotheses have no reference: {some(unknown)}; decode this set again")
+    """Every reference, in its order, aligned with its hypothesis after normalisation, by profile (see normalise.py)."""
     split = normalise.splitter(language, profile)
     return [align(i, split(text), split(hyps[i]) if i in hyps else None) for i, text in refs.items()]
 
 
-def score_directory(directory: Path | str, *, profile: str = "whisper", lang: str | None = None) -> dict:
-    """Write `scores.json`, `per_utt` and `align` into a decode directory, and return what is in `scores.json`.
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """A decode directory as read: texts by utterance id, and what meta.json and utts.jsonl say (nothing without)."""
 
-    The language is `lang`, or the one of the directory's `meta.json`. Raises UserError for a missing or malformed file,
-    duplicate ids, hypotheses without a reference and directories of mixed languages.
+    directory: Path
+    language: Language
+    refs: dict[str, str]
+    hyps: dict[str, str]
+    meta: dict[str, Any]
+    utts: dict[str, dict]
+
+    @property
+    def set(self) -> str:
+        """The set's name: as described, or by the directory's name."""
+        return self.meta.get("set") or self.directory.resolve().name.removeprefix("decode_")
+
+
+def read(directory: Path | str, *, lang: str | None = None) -> Decoded:
+    """What a decode directory holds; the language is `lang`, or the one of its `meta.json`.
+
+    Raises UserError for a directory that is not decoded to the end, a missing or malformed file, ids that stand twice,
+    hypotheses without a reference, an unknown language and mixed languages.
     """
     directory = Path(directory)
+    _check_whole(directory)
     refs, hyps = read_text(directory / "ref"), read_text(directory / "hyp")
     if not refs:
         raise UserError(f"{directory / 'ref'}: holds no utterance; decode this set again")
-    meta_path = directory / "meta.json"
-    meta = files.read_json(meta_path) if meta_path.is_file() or not lang else {}
-    language = languages.get(lang or meta.get("lang", ""))
-    _check_language(directory / "utts.jsonl", language.code)
+    if unknown := [utt_id for utt_id in hyps if utt_id not in refs]:
+        raise UserError(f"{directory}: {len(unknown)} hypotheses have no reference: {some(unknown)}; decode it again")
+    meta, utts = directory / "meta.json", directory / "utts.jsonl"
+    described = files.read_json(meta) if meta.is_file() else {}
+    if not (lang := lang or described.get("lang")):
+        raise UserError(f"{directory}: no meta.json that names its language; give it by --lang")
+    rows = _read_utts(utts) if utts.is_file() else {}
+    if others := {row["lang"]: utt_id for utt_id, row in rows.items() if row.get("lang", lang) != lang}:
+        found = ", ".join(f"{code} ({utt_id})" for code, utt_id in sorted(others.items()))
+        raise UserError(f"{utts}: scored as {lang} but also holds {found}; a set has one language, so split it")
+    return Decoded(directory, languages.get(lang), refs, hyps, described, rows)
+
+
+def _check_whole(directory: Path) -> None:
+    """Raises UserError where decoding has begun (it leaves a lock, and parts until the end) and has not ended."""
+    parts = sorted(directory.glob("part.*.jsonl"), key=lambda path: path.stat().st_mtime)
+    if (directory / ".done").is_file() or not (parts or (directory / ".lock").is_file()):
+        return
+    newest = parts[-1].name.split(".")[1] if parts else ""
+    num = sum(part.read_bytes().count(b"\n") for part in parts if part.name.split(".")[1] == newest)
+    raise UserError(f"{directory}: decoding has not ended, {num} utterances are decoded; run its stage again to go on")
+
+
+def _read_utts(path: Path) -> dict[str, dict]:
     try:
-        utterances = score(refs, hyps, language, profile)
-    except UserError as error:
-        raise UserError(f"{directory}: {error}") from error
-    scores = _summary(utterances, language, profile, meta | {"set": set_name(directory, meta)})
-    with files.write(directory / "per_utt") as stream:
-        stream.writelines(_per_utt(utterances))
-    with files.write(directory / "align") as stream:
-        stream.writelines(_alignments(utterances, language))
-    files.write_json(directory / "scores.json", scores)
-    return scores
+        return {row["id"]: row for row in map(json.loads, read_lines(path))}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a JSON object with an id in each line ({error}); decode this set again") from None
 
 
 def read_text(path: Path) -> dict[str, str]:
@@ -116,92 +154,46 @@ def read_text(path: Path) -> dict[str, str]:
     """
     texts: dict[str, str] = {}
     twice = []
-    try:
-        with open(path, encoding="utf-8", newline="\n") as stream:
-            for number, line in enumerate(stream, 1):
-                utt_id, *text = line.split(maxsplit=1) or [None]
-                if utt_id is None:
-                    raise UserError(f"{path}: line {number} is empty; every line begins with an utterance id")
-                twice += [utt_id] if utt_id in texts else []
-                texts[utt_id] = text[0].strip() if text else ""
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; give decode directories, made by stages 5 and 7") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}); decode this set again") from error
+    for number, line in enumerate(read_lines(path), 1):
+        utt_id, *text = line.split(maxsplit=1) or [None]
+        if utt_id is None:
+            raise UserError(f"{path}: line {number} is empty; every line begins with an utterance id")
+        twice += [utt_id] if utt_id in texts else []
+        texts[utt_id] = text[0].strip() if text else ""
     if twice:
         raise UserError(f"{path}: {len(twice)} ids stand more than once: {some(twice)}; decode this set again")
     return texts
 
 
-def set_name(directory: Path, meta: dict) -> str:
-    """The set a decode directory belongs to: as described, or by the directory's name."""
-    return meta.get("set") or directory.resolve().name.removeprefix("decode_")
+def read_per_utt(path: Path) -> dict[str, Counts]:
+    """The counts in a `per_utt` file by utterance id. Raises UserError naming the file when it is missing or broken."""
+    try:
+        rows = [line.split("\t") for line in read_lines(path)[1:]]
+        return {utt_id: Counts(*map(int, (hits, sub, ins, dele))) for utt_id, _, hits, sub, ins, dele, _ in rows}
+    except ValueError as error:
+        raise UserError(f"{path}: not a table of counts ({error}); score this set again") from error
 
 
-def some(ids: list[str], most: int = 5) -> str:
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file. Raises UserError naming the file when it is missing or not that."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give decode directories, made by stages 5 and 7") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}: line {line} is not UTF-8 ({error.reason}); write it as UTF-8") from error
+    if text.startswith("\ufeff"):
+        raise UserError(f"{path}: begins with a byte order mark; write it as UTF-8 without one")
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise UserError(f"{path}: line {line} has a NUL character; take it out, or write the file again")
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def some(ids: Sequence[str], most: int = 5) -> str:
     """The first of `ids`, and how many more there are."""
     return " ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
-
-
-def _check_language(path: Path, lang: str) -> None:
-    if not path.is_file():
-        return
-    with open(path, encoding="utf-8", newline="\n") as stream:
-        others = {row["lang"]: row["id"] for row in map(json.loads, stream) if row["lang"] != lang}
-    if others:
-        found = ", ".join(f"{code} ({utt_id})" for code, utt_id in sorted(others.items()))
-        raise UserError(f"{path}: scored as {lang} but also holds {found}; a set has one language, so split it")
-
-
-def _summary(utterances: list[Aligned], language: Language, profile: str, meta: dict) -> dict:
-    total = sum((u.counts for u in utterances), Counts())
-    missing = [u.id for u in utterances if u.is_missing]
-    return {
-        "set": meta["set"],
-        "lang": language.code,
-        "metric": language.metric,
-        "unit": language.unit,
-        "profile": profile,
-        "signature": signature(language, profile, meta.get("unseen_policy")),
-        "num_utts": len(utterances),
-        "num_missing": len(missing),
-        "ref_len": total.ref_len,
-        "sub": total.sub,
-        "ins": total.ins,
-        "del": total.dele,
-        "hits": total.hits,
-        "error_rate": total.error_rate,
-        "missing": missing,
-    }
-
-
-def signature(language: Language, profile: str, unseen_policy: str | None = None) -> str:
-    """Everything that the number depends on beside the two texts: two scores compare only if their signatures agree."""
-    version = importlib.metadata.version
-    parts = [language.metric, f"unit:{language.unit}", f"profile:{profile}", f"lang:{language.code}"]
-    parts += [f"zipperasr:{zipperasr.__version__}", f"whisper:{version('openai-whisper')}", f"jiwer:{version('jiwer')}"]
-    return "|".join(parts + [f"unseen:{unseen_policy}"] * bool(unseen_policy))
-
-
-def _per_utt(utterances: Iterable[Aligned]) -> Iterator[str]:
-    yield "id\tref_len\thits\tsub\tins\tdel\trate\n"
-    for u in utterances:
-        counts = (u.counts.ref_len, *dataclasses.astuple(u.counts))
-        yield "\t".join([u.id, *map(str, counts), percent(u.counts.error_rate)]) + "\n"
-
-
-def _alignments(utterances: Iterable[Aligned], language: Language) -> Iterator[str]:
-    for u in utterances:
-        c = u.counts
-        note = "  (no hypothesis)" if u.is_missing else ""
-        yield f"{u.id}  {language.metric} {percent(c.error_rate)}  "
-        yield f"[{c.errors} / {c.ref_len}, {c.ins} ins, {c.dele} del, {c.sub} sub]{note}\n"
-        columns = [[_shown(cell) for cell in column] for column in u.columns]
-        widths = [max(map(width, column)) for column in columns]
-        for label, gap, cells in zip(("ref", "hyp", "op "), "** ", zip(*columns)):
-            padded = [cell + (" " if cell else gap) * (w - width(cell)) for cell, w in zip(cells, widths)]
-            yield f"{label}  {' '.join(padded)}".rstrip() + "\n"
-        yield "\n"
 
 
 def percent(rate: float | None) -> str:
@@ -209,6 +201,34 @@ def percent(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.2f}"
 
 
+def grid(utterance: Aligned, *, label: str = "hyp", most: float = math.inf, in_color: bool = False) -> Iterator[str]:
+    """Lines of an alignment: reference, hypothesis (named `label`) and operations, one column over the other.
+
+    They go on in further lines after at most `most` columns of a terminal.
+    """
+    columns = [[_shown(cell) for cell in column] for column in utterance.columns]
+    for block in _blocks(columns, most - len("ref  ")):
+        widths = [max(map(width, column)) for column in block]
+        paint = [PAINT.get(op) if in_color else None for *_, op in block]
+        for name, gap, cells in zip(("ref", label, "op"), "** ", zip(*block)):
+            padded = [cell + (" " if cell else gap) * (w - width(cell)) for cell, w in zip(cells, widths)]
+            painted = [f"{color}{cell}\x1b[0m" if color else cell for cell, color in zip(padded, paint)]
+            yield f"{name:<3}  {' '.join(painted)}".rstrip()
+
+
+def _blocks(columns: list[list[str]], most: float) -> list[list[list[str]]]:
+    blocks, used = [[]], 0
+    for column in columns:
+        room = max(map(width, column)) + 1
+        if used + room > most + 1:
+            blocks.append([])
+            used = 0
+        blocks[-1].append(column)
+        used += room
+    return blocks
+
+
+@functools.lru_cache(maxsize=100_000)
 def width(text: str) -> int:
     """Columns that `text` takes in a terminal: 2 for wide characters, 0 for marks and format characters, else 1."""
     wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
@@ -216,5 +236,6 @@ def width(text: str) -> int:
 
 
 def _shown(unit: str) -> str:
-    """A unit that is only a mark stands on a dotted circle, so that it does not join what is beside it."""
+    """A unit for people: a mark alone stands on a dotted circle, and control characters cannot act on a terminal."""
+    unit = re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", unit)
     return f"\u25cc{unit}" if unicodedata.category(unit[:1] or " ")[0] == "M" else unit
