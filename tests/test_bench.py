@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 
 import numpy as np
@@ -12,9 +13,10 @@ from torch import nn
 from whisper.model import AudioEncoder
 
 from zipperasr.adapters import REGISTRY, batch_languages, language_runs
-from zipperasr.bench import SIZES, adapters, data, features, timing, train
+from zipperasr.bench import SIZES, adapters, data, decode, features, timing, train
 from zipperasr.bench.timing import Report, Target
 from zipperasr.cli import main as cli
+from zipperasr.decoding import generate
 from zipperasr.errors import UserError
 from zipperasr.model import cost
 
@@ -364,6 +366,75 @@ def test_training_steps_are_measured(names, capsys, tmp_path, monkeypatch):
     llm = {name: row["ms"] * (row["LLM"] + row["loss"]) for name, row in rows.items()}
     assert found["targets"][2]["value"] == pytest.approx(llm[train.PADDED] / llm["zipper_soft"], rel=1e-2)
     assert f"| {train.USER} |" in capsys.readouterr().out
+
+
+# Decoding
+
+
+def transcribed(names, max_tokens_per_batch):
+    """Ten utterances of fixed output lengths in batches, and the transcriber."""
+    model = train.random_model(names, 2, "zipper_soft").merged("ar")
+    transcriber = decode.fixed_length(model, max_tokens_per_batch)
+    listed = decode.synthetic(model, "Common Voice", 10)
+    return decode.Case(transcriber, listed, 30.0)
+
+
+def ids_said(case, monkeypatch):
+    """The tokens of each utterance, longest first."""
+    said, read = [], case.transcriber._read
+    monkeypatch.setattr(case.transcriber, "_read", lambda ids, logprob: said.append(ids) or read(ids, logprob))
+    case.step()
+    return said
+
+
+def test_each_utterance_takes_its_fixed_number_of_tokens_in_any_batch(names, monkeypatch):
+    cases = [transcribed(names, size) for size in (1, 900, 9999)]
+    assert len(cases[0].todo) == 10 > len(cases[1].todo) > len(cases[2].todo) == 1
+    alone, some, together = (ids_said(case, monkeypatch) for case in cases)
+    assert [len(ids) for ids in together] == [max(1, math.ceil(3.5 * u.duration_s)) for u in cases[2].todo[0]]
+    assert alone == some == together
+
+
+def test_the_time_of_decoding_is_given_to_the_part_that_took_it(names, monkeypatch):
+    """By a clock that only these layers move."""
+    now, case = [0.0], transcribed(names, 9999)
+
+    def takes(seconds):
+        def hook(*_):
+            now[0] += seconds
+
+        return hook
+
+    monkeypatch.setattr(generate, "clock", lambda: now[0])
+    model = case.transcriber.model
+    model.encoder.blocks[0].mlp[0].register_forward_hook(takes(3))
+    model.projector.linear.register_forward_hook(takes(4))
+    model.llm.model.layers[1].register_forward_hook(takes(5))
+    monkeypatch.setattr(case.transcriber, "_text", lambda ids: takes(1)() or "")
+    case.step()
+    steps = max(math.ceil(3.5 * u.duration_s) for u in case.todo[0]) - 1
+    assert case.seconds == [generate.Seconds(encoder_s=7, prefill_s=5, step_s=5 * steps, detokenise_s=10)]
+
+
+def test_decoding_is_measured(names, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "mini", names)
+    path, threads = tmp_path / "bench.json", torch.get_num_threads()
+    options = ["--utterances", "6", "--rounds", "1", "--threads", "1", "--batch-tokens", "16384", "400"]
+    try:
+        assert cli.main(["bench", "decode", *options, "--json", str(path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads(path.read_text())
+    ways = [(row["case"], row["batch tokens"]) for row in found["rows"]]
+    assert ways == [("merged", 16384), ("merged", 400), ("unmerged", 16384), ("one by one", None)]
+    rows = found["rows"]
+    assert [row["batches"] for row in rows][::3] == [1, 6] and rows[0]["ratio"] == 1
+    for row in rows:
+        assert sum(row[part] for part in ("encoder", "prefill", "step", "detokenise")) == pytest.approx(1, abs=0.01)
+        assert row["s"] * row["RTFx"] == pytest.approx(rows[0]["s"] * rows[0]["RTFx"], rel=0.02)  # the same audio
+    values = [target["value"] for target in found["targets"]]
+    assert values == [rows[2]["ratio"], rows[3]["ratio"], None]
+    assert "RTFx" in capsys.readouterr().out
 
 
 def test_the_peak_is_that_of_the_fastest_product(monkeypatch):

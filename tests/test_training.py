@@ -19,7 +19,7 @@ from zipperasr.cli.main import main
 from zipperasr.data.packing import PackingSettings, Plan, RowsPerBatch, SamplingSettings, make_batch, pack, tokenize
 from zipperasr.data.utterances import Utterance, load_utterances
 from zipperasr.decoding.errors import count_errors
-from zipperasr.decoding.generate import transcribe
+from zipperasr.decoding.generate import Transcriber
 from zipperasr.decoding.worker import max_tokens
 from zipperasr.errors import UserError
 from zipperasr.model.checkpoint import build, load_run
@@ -257,7 +257,7 @@ def test_error_counts_in_training_are_those_of_the_decoder(recipe, whole, stage1
         hyps = {}
         for u in mine:  # one at a time
             speech = model.speech_embeddings([u.features()], [lang], 30)
-            (hypothesis,) = transcribe(model, speech, lang, [max_tokens(u, whole.decoding)], whole.decoding)
+            (hypothesis,) = Transcriber(model, lang, whole.decoding)(speech, [max_tokens(u, whole.decoding)])
             hyps[u.id] = hypothesis.text
         aligned = [a.counts for a in score({u.id: u.reference for u in mine}, hyps, languages.get(lang))]
         assert (errors, length) == (sum(c.errors for c in aligned), sum(c.ref_len for c in aligned))

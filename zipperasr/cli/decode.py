@@ -7,6 +7,7 @@ without it does what they have left, and writes the outputs.
 import argparse
 from pathlib import Path
 
+from zipperasr.adapters import AdapterSettings
 from zipperasr.cli import recipe
 from zipperasr.errors import UserError
 
@@ -21,10 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_checkpoint_arguments(parser)
     parser.add_argument(
         "--as", nargs="+", dest="as_langs", default=[None], metavar="LANG",
-        help="stress test: with the adapter and prompt of these languages, into RUN_DIR/as_<lang>/decode_<set>",
+        help="stress test: with the adapter and prompt of these languages, or of all that the run has adapters for, "
+        "into RUN_DIR/as_<lang>/decode_<set>",
     )  # fmt: skip
-    parser.add_argument("--first", type=int, metavar="N", help="only so many utterances of each list")
-    parser.add_argument("--nj", type=int, default=1, help="number of processes (%(default)s; on GPUs at most one each)")
+    parser.add_argument("--first", type=recipe.positive, metavar="N", help="only so many utterances of each list")
+    parser.add_argument(
+        "--nj", type=recipe.positive, default=1, help="number of processes (%(default)s; on GPUs at most one each)"
+    )
     parser.add_argument("--share", type=recipe.share, help="do the share of one job alone: 2/8")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as decoding.beam=4")
 
@@ -41,9 +45,10 @@ def run(args: argparse.Namespace) -> None:
     whole = recipe.load(args.run_dir / "config.yaml", overrides=overrides)
     setting = args.setting or getattr(whole.training, f"stage{whole.stage}").setting
     settings = RunSettings(stage=whole.stage, model=whole.model)
+    as_langs = _languages(args.run_dir, whole.model.adapter) if args.as_langs == ["all"] else args.as_langs
     jobs = decode.plan(
         args.run_dir, args.data_dir, sets, run=settings, data=whole.data, decoding=whole.decoding,
-        setting=setting, step=args.step, average=args.average, as_langs=args.as_langs, first=args.first,
+        setting=setting, step=args.step, average=args.average, as_langs=as_langs, first=args.first,
     )  # fmt: skip
     for job in (job for job in jobs if job.is_done):
         print(f"{job.directory}: complete", flush=True)
@@ -54,3 +59,9 @@ def run(args: argparse.Namespace) -> None:
             continue
         flags = "".join(f", {count} {flag}" for flag, count in timing["flags"].items())
         print(f"{job.directory}: {timing['num_utts']} utterances, RTFx {timing['rtfx']:.0f}{flags}", flush=True)
+
+
+def _languages(run_dir: Path, adapter: AdapterSettings | None) -> list[str]:
+    if adapter is None:
+        raise UserError(f"{run_dir}: a stage-1 run has no adapters; name the languages of --as")
+    return adapter.langs

@@ -62,11 +62,22 @@ def share(text: str) -> tuple[int, int]:
     return int(job), int(num_jobs)
 
 
+def positive(text: str) -> int:
+    """A number above 0: the type of command-line options. Raises ArgumentTypeError."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+    return int(text)
+
+
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """Which of a run's checkpoints is meant, for zipperasr.model.choose_steps."""
     parser.add_argument("--step", type=_step, help="checkpoint, or best: the lowest dev error (default: the latest)")
     parser.add_argument(
-        "--average", type=int, default=1, metavar="N", help="take the mean of N: it and those before it, or the N best"
+        "--average",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="take the mean of N: it and those before it, or the N best",
     )
 
 

@@ -94,12 +94,14 @@ def decode(
     outputs. Raises UserError when another process is decoding one of the sets, and when one of ours is killed.
     """
     with ExitStack() as stack:
-        listed = []
+        listed, lists_of = [], {}
         for job in jobs:
             for directory in _held(job, share):
                 stack.enter_context(files.lock(directory))
             (job.directory / ".done").unlink(missing_ok=True)
-            listed.append(load_utterances(job.data_dir, job.setting, "test", [job.set], job.features)[: job.first])
+            if job.set not in lists_of:
+                lists_of[job.set] = load_utterances(job.data_dir, job.setting, "test", [job.set], job.features)
+            listed.append(lists_of[job.set][: job.first])
         encoded = [frozenset(u.id for u in utterances[:NUM_ENCODINGS]) for utterances in listed]
         todo = [_todo(job, utterances, share) for job, utterances in zip(jobs, listed, strict=True)]
         pools = _start_pools(nj, stack) if nj > 1 and any(todo) else []

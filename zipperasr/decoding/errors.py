@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from zipperasr import languages
 from zipperasr.data.utterances import Utterance
 from zipperasr.decoding import DecodingSettings
@@ -34,18 +32,10 @@ def count_errors(
     for lang, some in by_lang.items():
         transcriber, hyps = Transcriber(model, lang, decoding), {}
         for batch in batches(some, decoding, prompt_tokens=len(transcriber.prompt)):
-            hyps |= dict(zip((u.id for u in batch), _texts(transcriber, batch, encoder), strict=True))
+            speech, _ = transcriber.encode([u.features() for u in batch], segment_s(model, encoder))
+            found = transcriber(speech, [max_tokens(u, decoding) for u in batch])
+            hyps |= {u.id: hypothesis.text for u, hypothesis in zip(batch, found, strict=True)}
         aligned = score({u.id: u.reference for u in some}, hyps, languages.get(lang), profile)
         total = sum((utterance.counts for utterance in aligned), Counts())
         counts[lang] = total.errors, total.ref_len
     return counts
-
-
-@torch.inference_mode()
-def _texts(transcriber: Transcriber, batch: Sequence[Utterance], encoder: EncoderSettings) -> list[str]:
-    model = transcriber.model
-    device, lang = model.encoder.conv1.weight.device, batch[0].lang
-    features = [u.features().to(device) for u in batch]
-    speech = model.speech_embeddings(features, [lang] * len(batch), segment_s(model, encoder))
-    caps = [max_tokens(u, transcriber.settings) for u in batch]
-    return [hypothesis.text for hypothesis in transcriber(speech, caps)]

@@ -1,6 +1,7 @@
 """Hypotheses of a batch of utterances: put the speech behind the prompt, let the LLM write, mend what it made up.
 
-Legend: N utterances, T positions of the longest input, S new tokens, P tokens of the prompt, H LLM width, V vocabulary.
+Legend: N utterances, T positions of the longest input, S new tokens, P tokens of the prompt, H LLM width, V vocabulary,
+F feature frames, S_u speech tokens of an utterance, D encoder width.
 
 A hypothesis depends on nothing but its utterance: speech is padded on the left and masked, positions count without
 the padding, each utterance has its own cap on new tokens, and is mended alone.
@@ -41,8 +42,9 @@ class Hypothesis:
 
 @dataclass
 class Seconds:
-    """What was spent on the prompt and speech, on the steps that followed, and on turning tokens into text."""
+    """What was spent on encoder and projector, on reading the speech, on the steps that followed, and on the text."""
 
+    encoder_s: float = 0.0
     prefill_s: float = 0.0
     step_s: float = 0.0
     detokenise_s: float = 0.0
@@ -65,6 +67,15 @@ class Transcriber:
         self.model.llm.model(inputs_embeds=self.prompt[None], past_key_values=cache, use_cache=True)
         self.read_prompt = [(layer.keys, layer.values) for layer in cache.layers]
         self.foreign: Tensor | None = None
+
+    @torch.inference_mode()
+    def encode(self, features: Sequence[Tensor], chunk_s: float) -> tuple[list[Tensor], list[Tensor]]:
+        """Features [F_u, bins] -> the projector's embeddings [S_u, H], and the mean over time of encoder frames [D]."""
+        started, device = clock(), self.prompt.device
+        frames, lengths = self.model.encoder([x.to(device) for x in features], [self.lang] * len(features), chunk_s)
+        speech = self.model.projector(frames, lengths)
+        self.seconds.encoder_s += clock() - started
+        return speech, [x.float().mean(0) for x in frames.split(lengths)]
 
     @torch.inference_mode()
     def __call__(self, speech: Sequence[Tensor], caps: Sequence[int]) -> list[Hypothesis]:

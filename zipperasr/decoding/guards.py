@@ -22,9 +22,9 @@ LEVEL_FRAMES = 10
 def has_speech(features: Tensor, *, min_level_db: float, min_modulation_db: float) -> bool:
     """Whether log-mel features [F, bins] may hold speech: they are not too quiet, and their level changes in time.
 
-    The loudest power of a mel band must reach `min_level_db` (a sine of full scale has 24, the rounding to 16 bits -84):
-    Whisper's features tell it, as only their floor moves with it. The level, as the mean over bands and 0.1 s, must have
-    `min_modulation_db` between its 5th and 95th percentile: hum has none, white, pink and brown noise 0.5 to 0.9 dB,
+    The loudest power of a mel band must reach `min_level_db`; a sine of full scale has 24, the rounding to 16 bits -84.
+    (Whisper's features tell it, as only their floor moves with it.) The level, as the mean over bands and 0.1 s, must
+    have `min_modulation_db` between its 5th and 95th percentile: hum has none, white, pink and brown noise 0.5 to 0.9,
     speech 1.6 and more in each of 214 clips, and 1 in 98 of 100 of them behind white or pink noise as loud as itself.
     """
     power_db = 10 * (4 * features.float() - 4)

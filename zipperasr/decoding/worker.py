@@ -25,7 +25,6 @@ from zipperasr.decoding.job import Job
 from zipperasr.errors import UserError
 from zipperasr.model import EncoderSettings
 from zipperasr.model.checkpoint import load_run
-from zipperasr.model.clock import clock
 from zipperasr.model.speech_llm import SpeechLLM
 
 Batch = list[tuple[Utterance, Tensor | None]]  # with features [F_u, bins], or None where they cannot be read
@@ -119,25 +118,20 @@ def _transcribe(
     transcriber: Transcriber, job: Job, batch: Batch, encoded: frozenset[str]
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """A record of each utterance, and the seconds of each part of the work."""
-    model, settings = transcriber.model, job.run.model.encoder
+    longest_s = segment_s(transcriber.model, job.run.model.encoder)
     heard = {u.id: x for u, x in batch if x is not None and _has_speech(x, job.decoding)}
-    transcriber.seconds, started, hypotheses, means = Seconds(), clock(), {}, {}
+    transcriber.seconds, hypotheses, means = Seconds(), {}, {}
     if heard:
-        features = [x.to(model.encoder.conv1.weight.device) for x in heard.values()]
-        with torch.inference_mode():
-            frames, lengths = model.encoder(features, [job.spoken_as] * len(features), segment_s(model, settings))
-            speech = model.projector(frames, lengths)
-        encoder_s = clock() - started
+        speech, encodings = transcriber.encode(list(heard.values()), longest_s)
         caps = [max_tokens(u, job.decoding) for u, _ in batch if u.id in heard]
         hypotheses = dict(zip(heard, transcriber(speech, caps), strict=True))
-        means = {i: x.float().mean(0) for i, x in zip(heard, frames.split(lengths), strict=True) if i in encoded}
-    seconds = {"encoder_s": encoder_s if heard else 0.0, **asdict(transcriber.seconds)}
-    max_s = segment_s(model, settings) if settings.context == "full" else math.inf
+        means = {i: x for i, x in zip(heard, encodings, strict=True) if i in encoded}
+    max_s = longest_s if job.run.model.encoder.context == "full" else math.inf
     records = [_record(u, x is not None, hypotheses.get(u.id), is_split=u.duration_s > max_s) for u, x in batch]
     for record in records:
         if record["id"] in means:
             record["encoding"] = [round(value, 4) for value in means[record["id"]].tolist()]
-    return records, seconds
+    return records, asdict(transcriber.seconds)
 
 
 def _has_speech(features: Tensor, settings: DecodingSettings) -> bool:
