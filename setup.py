@@ -16,6 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["zipperasr", "zipperasr.*"]),
+    package_data={"zipperasr.reporting": ["page.html"]},
     entry_points={"console_scripts": ["zipperasr = zipperasr.cli.main:main"]},
     install_requires=[
         "backports.tarfile; python_version < '3.12'",
@@ -41,6 +42,7 @@ setup(
         "sentencepiece",
         "soundfile",
         "tensorboard",
+        "threadpoolctl",
         "torch",
         "tqdm",
         "transformers",

@@ -1,74 +1,71 @@
-"""Figures 5 to 7 of arXiv:2603.17558 and training curves, as PNG and SVG that are the same bytes for the same numbers.
-
-matplotlib is imported inside the functions, and only as objects: no pyplot, no global state.
-"""
+"""Figures of arXiv:2603.17558 and more, as PNG and SVG; those of languages against each other are in maps.py."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zipperasr import files, languages
-from zipperasr.reporting.results import ENCODERS, Results, Run, by_language, lang_of, language_embeddings, read_log
+import numpy as np
+
+from zipperasr import languages
+from zipperasr.reporting import maps
+from zipperasr.reporting.results import Results, Run, by_language, context, lang_of, language_embeddings, read_log
+from zipperasr.reporting.style import GRID, RC, Drawn, language, legend_below, new_figure, save, styled
+from zipperasr.scoring import bootstrap
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; a marker each, for print in grey.
-STYLES = {
-    "stage1": ("#7f7f7f", "x"),
-    "vanilla": ("#0072B2", "o"),
-    "flylora": ("#56B4E9", "v"),
-    "independent": ("#009E73", "s"),
-    "zipper_static": ("#E69F00", "^"),
-    "zipper_hard": ("#CC79A7", "P"),
-    "zipper_soft": ("#D55E00", "D"),
-    "zipper_soft_initial_b": ("#000000", "*"),
-}
-OTHERS = (("#8B6914", "<"), ("#5D3A9B", ">"), ("#40B0A6", "h"))
-GRID = {"color": "#d9d9d9", "linewidth": 0.6}
-RC = {"svg.hashsalt": "zipperasr", "font.family": "DejaVu Sans", "font.size": 10, "axes.spines.top": False}
-RC |= {"axes.spines.right": False, "axes.axisbelow": True, "axes.titlesize": 11, "legend.frameon": False}
+FEW = 50
+"""Utterances of a bin below which its error rate says little."""
 
 
-def draw_all(results: Results, folder: Path) -> dict[str, str]:
-    """Draw every figure that the results allow into `<folder>/<name>.{png,svg}`; returns {name: caption}."""
+def draw_all(results: Results, folder: Path, more_data: Results | None = None) -> dict[str, str]:
+    """Draw every figure that the results allow into `<folder>/<name>.{png,svg}`; returns {name: caption}.
+
+    `more_data` is the same experiment with more data for the low-resource languages (the 30 hours of Figure 6).
+    """
     import matplotlib
 
     captions = {}
     with matplotlib.rc_context(RC):
-        for name, caption, figure in _figures(results):
-            _save(figure, folder / name)
-            captions[name] = caption
+        for name, drawn in _figures(results, more_data):
+            if drawn:
+                captions[name], figure = drawn
+                save(figure, folder / name)
     return captions
 
 
-def _figures(results: Results) -> Iterator[tuple[str, str, Figure]]:
+def _figures(results: Results, more_data: Results | None) -> Iterator[tuple[str, Drawn | None]]:
     for encoder in results.encoders:
-        if figure := radar(results, encoder):
-            caption = "100 − WER/CER (%) on the target languages (as Fig. 5; outward is better)"
-            yield f"radar_{encoder}", f"{caption}, {ENCODERS[encoder].lower()} encoder", figure
-        if drawn := relative_gap(results, encoder):
-            yield f"relative_gap_{encoder}", *drawn
-    if embeddings := language_embeddings(results):
-        caption = "Cosine similarity of Whisper's language embeddings (as Fig. 7)"
-        yield "language_similarity", caption, similarity(embeddings)
-    if figure := training_curves(results):
-        yield "training_curves", "Loss per target token in nats, by optimizer step (dots: on the dev sets)", figure
+        yield f"radar_{encoder}", radar(results, encoder)
+        yield f"relative_gap_{encoder}", relative_gap(results, encoder)
+        if more_data:
+            yield f"relative_gap_more_data_{encoder}", relative_gap(results, encoder, more_data)
+        yield f"durations_{encoder}", durations(results, encoder)
+        yield f"encodings_{encoder}", maps.encodings(results, encoder)
+        yield f"router_shares_{encoder}", maps.router_shares(results, encoder)
+    yield "parameters", parameters(results)
+    yield from ((f"stress_{run.directory.name}", maps.stress(run)) for run in results.runs if run.stress)
+    yield "language_similarity", maps.similarity(language_embeddings(results))
+    yield "training_curves", training_curves(results)
+    yield "dev_error", dev_curves(results)
 
 
-def radar(results: Results, encoder: str) -> Figure | None:
+def radar(results: Results, encoder: str) -> Drawn | None:
     """Figure 5: one polygon a run over the target languages; None with fewer than three languages."""
     groups, runs = _scored(results, encoder)
     if len(groups) < 3 or not runs:
         return None
-    figure = _figure(7.2, 6.6)
+    figure = new_figure(7.2, 6.6)
     axes = figure.add_subplot(projection="polar", theta_offset=math.pi / 2, theta_direction=-1)
     angles = [2 * math.pi * i / len(groups) for i in range(len(groups))]
     lowest = 100.0
-    for run, (color, marker) in _styled(runs):
+    for run, (color, marker) in styled(runs):
         values = [_accuracy(run, group) for group in groups]
         lowest = min(lowest, *(value for value in values if not math.isnan(value)))
         style = {"color": color, "marker": marker, "markersize": 5, "linestyle": "--" if run.stage == 1 else "-"}
@@ -82,140 +79,215 @@ def radar(results: Results, encoder: str) -> Figure | None:
     paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
     for tick in range(bottom + step, 101, step):
         axes.text(math.pi / len(groups), tick, str(tick), ha="center", va="center", fontsize=8, bbox=paper, zorder=5)
-    axes.set_xticks(angles, [_language(lang_of(group[0])) for group in groups])
+    axes.set_xticks(angles, [language(lang_of(group[0])) for group in groups])
     axes.tick_params(axis="x", pad=3)
     for label, angle in zip(axes.get_xticklabels(), angles):
         side = math.sin(angle)
         label.set_ha("center" if abs(side) < 0.01 else "left" if side > 0 else "right")
     axes.grid(**GRID)
     axes.spines["polar"].set_color("#bfbfbf")
-    axes.set_title(f"100 − WER/CER (%), {ENCODERS[encoder].lower()} encoder", pad=16)
-    figure.legend(loc="outside lower center", ncols=min(4, len(runs)))
-    return figure
+    axes.set_title(f"100 − WER/CER (%), {context(encoder)}", pad=16)
+    legend_below(figure, ncols=4)
+    return f"100 − WER/CER (%) on the target languages (as Fig. 5; outward is better), {context(encoder)}", figure
 
 
-def relative_gap(results: Results, encoder: str) -> tuple[str, Figure] | None:
+def relative_gap(results: Results, encoder: str, more_data: Results | None = None) -> Drawn | None:
     """Figure 6: relative error reduction against vanilla LoRA, or against Stage 1 where nothing else can be compared.
 
-    Returns (caption, figure), or None where there are not two runs to compare. Bars beyond -100% are cut and say so.
+    With `more_data` a second panel shows that experiment, and both the low-resource languages only. None where there
+    are not two runs to compare. Bars beyond -100% are cut and say so.
     """
-    groups, runs = _scored(results, encoder)
-    stage2 = [run for run in runs if run.stage == 2]
-    baselines = [run for run in stage2 if run.system == "vanilla" and len(stage2) > 1] + [
-        r for r in runs if r.stage == 1
-    ]
-    others = [run for run in stage2 if run not in baselines[:1]]
-    if not baselines or not others:
+    panels = [_compared(one, encoder, only_low=bool(more_data)) for one in (results, more_data) if one]
+    panels = [panel for panel in panels if panel]
+    if len(panels) < (2 if more_data else 1):
         return None
-    figure = _figure(1.4 + len(groups) * max(0.82, 0.16 * len(others)), 4.2)
-    axes = figure.add_subplot()
-    num_well = sum(lang_of(group[0]) not in results.low_resource for group in groups)
-    centres = [i + (0.6 if i >= num_well > 0 else 0) for i in range(len(groups))]
-    bar = min(0.5, 0.8 / len(others))
-    for i, (run, (color, _)) in enumerate(_styled(others)):
-        gaps = [_gap(baselines[0], run, group) for group in groups]
-        places = [centre + (i - (len(others) - 1) / 2) * bar for centre in centres]
-        axes.bar(places, [max(gap, -100) for gap in gaps], width=0.92 * bar, color=color, label=run.label)
-        for place, gap in zip(places, gaps):
-            if gap < -100:
-                axes.text(place, -97, f"−{-gap:.0f}%", rotation=90, ha="center", fontsize=7, color="white")
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks(centres, [_language(lang_of(group[0]), sep="\n") for group in groups])
-    axes.tick_params(axis="x", length=0, labelsize=9)
-    axes.set_ylabel("relative error reduction (%)")
-    axes.grid(axis="y", **GRID)
-    if 0 < num_well < len(groups):
-        axes.axvline(num_well - 0.2, color="#8c8c8c", linewidth=0.8, linestyle=":")
-        axes.text(num_well - 0.12, 1.01, "low-resource", transform=axes.get_xaxis_transform(), fontsize=9)
-    axes.set_title(f"Against {baselines[0].label}, {ENCODERS[encoder].lower()} encoder", loc="left", pad=20)
-    figure.legend(loc="outside lower center", ncols=min(4, len(others)))
-    caption = f"Relative change of WER/CER against {baselines[0].label} (as Fig. 6; up is better)"
-    return f"{caption}, {ENCODERS[encoder].lower()} encoder", figure
+    widths = [len(groups) * max(0.82, 0.16 * len(others)) for groups, _, others in panels]
+    figure = new_figure(1.4 + sum(widths), 4.2)
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True, width_ratios=widths)[0]
+    for axes, (groups, baseline, others) in zip(grid, panels):
+        num_well = sum(lang_of(group[0]) not in results.low_resource for group in groups)
+        centres = [i + (0.6 if i >= num_well > 0 else 0) for i in range(len(groups))]
+        bar = min(0.5, 0.8 / len(others))
+        for i, (run, (color, _)) in enumerate(styled(others)):
+            gaps = [_gap(baseline, run, group) for group in groups]
+            places = [centre + (i - (len(others) - 1) / 2) * bar for centre in centres]
+            axes.bar(places, [max(gap, -100) for gap in gaps], width=0.92 * bar, color=color, label=run.label)
+            for place, gap in zip(places, gaps):
+                if gap < -100:
+                    axes.text(place, -97, f"−{-gap:.0f}%", rotation=90, ha="center", fontsize=7, color="white")
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_xticks(centres, [language(lang_of(group[0]), sep="\n") for group in groups])
+        axes.tick_params(axis="x", length=0, labelsize=9)
+        axes.grid(axis="y", **GRID)
+        if 0 < num_well < len(groups):
+            axes.axvline(num_well - 0.2, color="#8c8c8c", linewidth=0.8, linestyle=":")
+            axes.text(num_well - 0.12, 1.01, "low-resource", transform=axes.get_xaxis_transform(), fontsize=9)
+        where = f"{baseline.directory.resolve().parent.name} ({baseline.setting})" if more_data else context(encoder)
+        axes.set_title(f"{where}, against {baseline.label}", loc="left", pad=20)
+    grid[0].set_ylabel("relative error reduction (%)")
+    legend_below(figure, ncols=4)
+    caption = f"Relative change of WER/CER against {panels[0][1].label} (as Fig. 6; up is better)"
+    caption += ", low-resource languages with less and with more training data" if more_data else ""
+    return f"{caption}, {context(encoder)}", figure
 
 
-def similarity(embeddings: dict[str, list[float]]) -> Figure:
-    """Figure 7: cosine similarity of language embeddings {lang: vector}."""
-    langs = sorted(embeddings)
-    cosines = [[_cosine(embeddings[a], embeddings[b]) if a != b else math.nan for b in langs] for a in langs]
-    known = [value for row in cosines for value in row if not math.isnan(value)] or [0.0]
-    size = 1.6 + 0.48 * len(langs)
-    figure = _figure(size + 1.5, size)
-    axes = figure.add_subplot(facecolor="#ececec")
-    image = axes.imshow(cosines, cmap="cividis", vmin=min(known), vmax=max(known))
-    for i, row in enumerate(cosines):
-        for j, value in enumerate(row):
-            text = "1" if i == j else f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
-            color = "white" if value < (min(known) + max(known)) / 2 else "black"
-            axes.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
-    axes.set_xticks(range(len(langs)), langs)
-    axes.set_yticks(range(len(langs)), [_language(lang) for lang in langs])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_title("Cosine similarity of language embeddings", loc="left")
-    figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03).outline.set_visible(False)
-    return figure
-
-
-def training_curves(results: Results) -> Figure | None:
-    """Loss by step, a panel a stage and a line a run: each step faint, a running mean bold, dots for the dev loss."""
+def training_curves(results: Results) -> Drawn | None:
+    """Loss by step, a panel a stage and a line a run: a running mean over steps, dots for the dev loss."""
     from matplotlib.ticker import LogLocator
 
-    logs = {run.directory: log for run in results.runs if (log := read_log(run))}
-    stages = sorted({run.stage for run in results.runs if run.directory in logs})
-    if not stages:
-        return None
-    figure = _figure(5.2 * len(stages) + 0.6, 4.2)
-    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):
-        for run, (color, _) in _styled([run for run in results.runs if run.stage == stage and run.directory in logs]):
-            steps, losses = zip(*((row["step"], row["loss"]) for row in logs[run.directory]))
-            dashes = "--" if run.encoder == "chunked" and len(results.encoders) > 1 else "-"
-            label = f"{run.label}, {ENCODERS.get(run.encoder, run.encoder).lower()}"
-            dev = [(row["step"], row["dev_loss"]) for row in logs[run.directory] if "dev_loss" in row]
-            axes.plot(steps, losses, color=color, alpha=0.2, linewidth=0.7)
-            axes.plot(*zip(*dev) if dev else (), "o", color=color, markeredgecolor="white", markersize=6, zorder=3)
-            axes.plot(steps, _smooth(losses), color=color, linewidth=1.6, linestyle=dashes, label=label)
+    def draw(axes: Axes, log: list[dict], style: dict) -> None:
+        steps, losses = zip(*((row["step"], row["loss"]) for row in log))
+        dev = [(row["step"], row["dev_loss"]) for row in log if "dev_loss" in row]
+        axes.plot(*zip(*dev) if dev else (), "o", color=style["color"], markeredgecolor="white", markersize=6, zorder=3)
+        sparse = slice(None, None, max(1, len(steps) // 500))
+        axes.plot(steps[sparse], _smooth(losses)[sparse], linewidth=1.4, **style)
+
+    figure = _curves(results, "loss", draw)
+    for axes in figure.axes if figure else ():
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
+        axes.set_ylabel("loss per token (nats)")
+    caption = "Loss per target token in nats by optimizer step: running mean over a fiftieth of the steps"
+    return (f"{caption} (dots: on the dev sets)", figure) if figure else None
+
+
+def dev_curves(results: Results) -> Drawn | None:
+    """Error rate on the dev sets by step, for runs that measured it more than once."""
+
+    def draw(axes: Axes, log: list[dict], style: dict) -> None:
+        axes.plot(*zip(*((row["step"], row["dev_error"]) for row in log)), marker="o", markersize=4, **style)
+
+    figure = _curves(results, "dev_error", draw)
+    for axes in figure.axes if figure else ():
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("mean WER/CER of the dev sets (%)")
+    return ("Mean error rate over the languages of the dev sets, by optimizer step", figure) if figure else None
+
+
+def _curves(results: Results, key: str, draw: Callable[[Axes, list[dict], dict], None]) -> Figure | None:
+    """A panel a stage, where `draw` puts the rows with `key` of every run that has two; None if none has."""
+    runs = [run for run in results.runs if run.is_known]
+    logs = {run.directory: [row for row in read_log(run) if key in row] for run in runs}
+    runs = [run for run in runs if len(logs[run.directory]) > 1]
+    stages = sorted({run.stage for run in runs})
+    if not stages:
+        return None
+    figure = new_figure(5.2 * len(stages) + 0.6, 4.2)
+    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):
+        for run, (color, _) in styled([run for run in runs if run.stage == stage]):
+            dashes = "--" if run.encoder == "chunked" else "-"
+            draw(axes, logs[run.directory], {"color": color, "linestyle": dashes, "label": run.label})
         axes.grid(**GRID)
         axes.set_xlabel("step")
-        axes.set_ylabel("loss per token (nats)")
-        axes.set_title(f"Stage {stage}", loc="left")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=9)
+        encoders = {run.encoder for run in runs if run.stage == stage}
+        axes.set_title(f"Stage {stage}{' (dashed: chunked encoder)' if len(encoders) > 1 else ''}", loc="left")
+    legend_below(figure, ncols=4 if len(stages) > 1 else 2)
     return figure
 
 
-def _scored(results: Results, encoder: str) -> tuple[list[list[str]], list[Run]]:
+def durations(results: Results, encoder: str) -> Drawn | None:
+    """Error rate by length, all errors over all units of the target sets of one unit, a panel each; None with one bin.
+
+    Words and characters are not pooled. A run that lacks a set is left out: its mix of languages would be another.
+    """
+    panels = []
+    for unit in ("word", "char"):
+        sets = [name for name in results.target_sets if languages.get(lang_of(name)).unit == unit]
+        runs = [run for run in results.of(encoder, known=True) if all(name in run.scores for name in sets)]
+        drawn = [(run, bins) for run in runs if len(bins := _bins(run, sets)) > 1]
+        panels += [(unit, drawn)] if drawn else []
+    if not panels:
+        return None
+    figure = new_figure(0.8 + 4.6 * len(panels), 4.4)
+    for axes, (unit, drawn) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        edges = sorted({edge for _, bins in drawn for edge in bins})
+        counts = [max(bins[edge][0] for _, bins in drawn if edge in bins) for edge in edges]
+        few = [i for i, count in enumerate(counts) if count < FEW]
+        for (run, (color, marker)), (_, bins) in zip(styled([run for run, _ in drawn]), drawn):
+            rates = [100 * bins[edge][1] / bins[edge][2] if edge in bins else math.nan for edge in edges]
+            style = {"color": color, "marker": marker, "markersize": 6}
+            axes.plot(range(len(edges)), rates, linewidth=1.4, label=run.label, **style)
+            axes.plot(few, [rates[i] for i in few], linestyle="", markerfacecolor="white", **style)
+        names = [f"≥ {start:g}" if end == math.inf else f"{start:g}–{end:g}" for start, end in edges]
+        axes.set_xticks(range(len(edges)), [f"{name} s\n{count:,} utts" for name, count in zip(names, counts)])
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.1)
+        axes.grid(axis="y", **GRID)
+        axes.set_ylabel(f"{'WER' if unit == 'word' else 'CER'} (%)")
+        axes.set_title(f"Languages scored by {'word' if unit == 'word' else 'character'}", loc="left")
+    legend_below(figure, ncols=4)
+    caption = f"Error rate by length of the utterance, all target languages of a unit together, {context(encoder)}"
+    how = f"compare the methods of a bin: another bin has another mix of languages; hollow: under {FEW} utterances"
+    return f"{caption} ({how}; text profile: {results.headlines})", figure
+
+
+def _bins(run: Run, sets: list[str]) -> dict[tuple[float, float], np.ndarray]:
+    """{(from, to) in seconds: numbers of utterances, errors and reference units} over the sets."""
+    bins: dict[tuple[float, float], np.ndarray] = {}
+    for row in (row for name in sets for row in run.scores[name]["analysis"].get("by_duration", [])):
+        edge = row["from_s"], math.inf if row["to_s"] is None else row["to_s"]
+        bins[edge] = bins.get(edge, 0) + np.array([row["num_utts"], row["errors"], row["ref_len"]])
+    return {edge: total for edge, total in bins.items() if total[2]}
+
+
+def parameters(results: Results) -> Drawn | None:
+    """Macro error rate over the target languages by trainable encoder parameters; None with fewer than two runs."""
+    from matplotlib.ticker import LogLocator
+
+    sets = by_language(results.targets())
+    runs = [run for run in results.runs if run.is_known and run.stage == 2 and run.directory in results.macros]
+    runs = [run for run in runs if run.train.get("num_trainable_encoder")]
+    if len(runs) < 2:
+        return None
+    figure = new_figure(7, 4.6)
+    axes = figure.add_subplot()
+    seen: Counter[int] = Counter()
+    for run, (color, marker) in styled(runs):
+        size = run.train["num_trainable_encoder"]
+        rate = run.error_rate(sets, headline=True)
+        low, high = bootstrap.interval(results.macros[run.directory])
+        fill = "white" if run.encoder == "chunked" else color
+        place = size / 1e6 * 1.05 ** seen[size]  # side by side where the size is the same
+        axes.errorbar(place, rate, [[rate - low], [high - rate]], color=color, marker=marker, markersize=8, capsize=3,
+                      markerfacecolor=fill, linestyle="", label=run.label)  # fmt: skip
+        seen[size] += 1
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.margins(x=0.1)
+    axes.grid(**GRID)
+    axes.set_xlabel("trainable encoder parameters (million)")
+    axes.set_ylabel(f"mean WER/CER of {len(sets)} target languages (%)")
+    if len({run.encoder for run in runs}) > 1:
+        axes.set_title("hollow: chunked encoder", loc="left")
+    legend_below(figure, ncols=3)
+    caption = "Trainable encoder parameters and mean error rate over the target languages, with 95% intervals"
+    return f"{caption} (left and below is better; text profile: {results.headlines})", figure
+
+
+def _compared(results: Results, encoder: str, *, only_low: bool) -> tuple[list[list[str]], Run, list[Run]] | None:
+    """What a panel of Figure 6 shows: language groups, the baseline, and the runs beside it."""
+    groups, runs = _scored(results, encoder, only_low=only_low)
+    stage2 = [run for run in runs if run.stage == 2]
+    vanilla = [run for run in stage2 if run.system == "vanilla" and len(stage2) > 1]
+    baseline = next(iter(vanilla + [run for run in runs if run.stage == 1]), None)
+    others = [run for run in stage2 if run is not baseline]
+    return (groups, baseline, others) if baseline and others else None
+
+
+def _scored(results: Results, encoder: str, *, only_low: bool = False) -> tuple[list[list[str]], list[Run]]:
     """The target sets grouped by language, low-resource ones last, and the runs; only those with at least one score."""
-    parts = (results.targets(low_resource=False), results.targets(low_resource=True))
+    parts = [results.targets(low_resource=low) for low in ((True,) if only_low else (False, True))]
     groups = by_language(name for sets in parts for name in sorted(sets, key=lang_of))
 
     def has(run: Run, group: list[str]) -> bool:
         return run.error_rate([group]) is not None
 
-    runs = [run for run in results.of(encoder) if any(has(run, group) for group in groups)]
+    runs = [run for run in results.of(encoder, known=True) if any(has(run, group) for group in groups)]
     return [group for group in groups if any(has(run, group) for run in runs)], runs
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
-        with files.beside(path.with_suffix(suffix)) as temporary:
-            figure.savefig(temporary, dpi=160, bbox_inches="tight", pad_inches=0.15, metadata=metadata)
-
-
-def _styled(runs: list[Run]) -> Iterator[tuple[Run, tuple[str, str]]]:
-    """Each run with its system's colour and marker; systems that are not in the paper take further ones in turn."""
-    others = list(dict.fromkeys(run.system for run in runs if run.system not in STYLES))
-    styles = STYLES | {system: OTHERS[i % len(OTHERS)] for i, system in enumerate(others)}
-    for run in runs:
-        yield run, styles[run.system]
 
 
 def _accuracy(run: Run, group: list[str]) -> float:
@@ -228,15 +300,10 @@ def _gap(baseline: Run, run: Run, group: list[str]) -> float:
     return math.nan if before is None or after is None or not before else 100 * (before - after) / before
 
 
-def _cosine(a: list[float], b: list[float]) -> float:
-    return sum(x * y for x, y in zip(a, b)) / math.hypot(*a) / math.hypot(*b)
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
+def _smooth(values: Sequence[float]) -> np.ndarray:
     """The running mean over the last fiftieth of the steps."""
     window = max(1, len(values) // 50)
-    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
-
-
-def _language(lang: str, sep: str = " ") -> str:
-    return f"{languages.get(lang).name}{sep}({lang})"
+    sums = np.cumsum([0.0, *values])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    return (sums[ends] - sums[starts]) / (ends - starts)
