@@ -17,6 +17,7 @@ import tiny
 import torch
 from lhotse import MonoCut, Recording, SupervisionSegment
 from torch import nn
+from transformers import CompileConfig
 
 from zipperasr import config, files, languages, prompts
 from zipperasr.cli import recipe as recipes
@@ -211,6 +212,27 @@ def test_a_cache_of_fixed_size_changes_nothing(model, beam):
     for one, other in zip(grown, fixed, strict=True):
         assert (one.text, one.flags) == (other.text, other.flags)
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+class Compiled(Transcriber):
+    """Compiles the step as on a GPU, but for the code that is made of its graph."""
+
+    def _config(self, max_new_tokens):
+        config = super()._config(max_new_tokens)
+        config.compile_config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+        config.compile_config._compile_all_devices = True
+        return config
+
+
+def test_the_step_is_one_graph_that_batches_of_a_shape_share(model):
+    plain = Transcriber(model, "de", DecodingSettings())(speech_of(model), CAPS)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = Compiled(model, "de", DecodingSettings(static_cache=True))
+    for _ in range(2):
+        assert [h.text for h in compiled(speech_of(model), CAPS)] == [h.text for h in plain]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 class Run(NamedTuple):
@@ -439,6 +461,11 @@ def test_a_set_is_decoded_as_another_language_beside_its_own_results(run):
         (["noise_fr_test"], [], "no setting tests on the set 'noise_fr_test'; there are noise_de_test, noise_zh_test"),
         (["noise_de_test"], ["--step", "3"], "no checkpoint at step 3; there are 7"),
         (["noise_de_test"], ["model.encoder.context=chunked"], "a trained run takes only decoding.<key> and"),
+        (
+            ["noise_de_test"],
+            ["--run-dir", "conf"],
+            "conf: no run (it has no config.yaml); give what stage 4 or 6 has made",
+        ),
         (["noise_de_test"], ["--as", "xx"], "unknown language 'xx'; known: ar,"),
         (["noise_de_test"], ["decoding.bean=4"], "unknown key 'decoding.bean'; known here: beam,"),
     ],

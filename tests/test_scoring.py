@@ -139,6 +139,9 @@ def test_an_alignment_worked_by_hand(tmp_path):
     header, row = (directory / "per_utt").read_text().splitlines()
     assert dict(zip(header.split("\t"), row.split("\t")))["rate"] == "80.00"
     assert read_per_utt(directory / "per_utt") == {"u1": Counts(hits=2, sub=2, ins=1, dele=1)}
+    (directory / "per_utt").write_text("garbage\n")
+    with pytest.raises(UserError, match="per_utt: not a table of counts"):
+        read_per_utt(directory / "per_utt")
     lines = (directory / "align").read_text().splitlines()
     assert lines[0] == "u1  wer 80.00  [4 / 5, 1 ins, 1 del, 2 sub]"
     assert lines[1].split() == ["ref", "le", "chat", "est", "**", "assis", "ici"]

@@ -77,9 +77,12 @@ def write_json(path: Path | str, value: object) -> None:
 
 
 def read_json(path: Path | str) -> dict:
-    """The content of a JSON file. Raises UserError naming the file when it is missing or broken."""
+    """The object in a JSON file. Raises UserError naming the file when it is missing or broken."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}, not an object")
+        return value
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; run the stage that writes it") from error
     except ValueError as error:

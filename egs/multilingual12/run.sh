@@ -20,8 +20,11 @@ ngpu=               # GPUs of each node (default: 1 if there is any, else 0)
 hostfile=           # train on these nodes, by DeepSpeed's launcher: lines "<host> slots=<GPUs>" (for Slurm, see cmd.sh)
 nj=                 # processes of a job (default: one per core)
 num_jobs=1          # jobs that stages 1, 3, 5 and 7 are split into; cmd.sh says where they run
+stress=0            # utterances of each set that stage 7 decodes with every other language's adapter too
+beside=             # an experiment with more data, as exp/paper_30h: its gap to vanilla stands beside (Figure 6)
 
 here=$(dirname "$(readlink -f "$0")")
+command="./run.sh${*:+$(printf ' %q' "$@")}"
 . "$here/utils/parse_options.sh"
 
 fail() {
@@ -39,6 +42,8 @@ done
 : "${nj:=$(env -u OMP_NUM_THREADS nproc)}"
 [[ $ngpu =~ ^[0-9]*$ ]] || fail "--ngpu '$ngpu' is not a number"
 [ -z "$hostfile" ] || [ -f "$hostfile" ] || fail "no hostfile '$hostfile'"
+[[ $stress =~ ^[0-9]+$ ]] || fail "--stress takes a number of utterances, not '$stress'"
+[ -z "$beside" ] || [ -d "$beside" ] || fail "--beside: no experiment '$beside'"
 for number in "$nj" "$num_jobs"; do
   [[ $number =~ ^[1-9][0-9]*$ ]] || fail "--nj and --num-jobs take a number above 0, not '$number'"
 done
@@ -51,6 +56,7 @@ fi
 name=$(basename "$conf" .yaml)
 data_dir=$(absolute "$data_dir")
 exp_dir=$(absolute "$exp_dir")
+beside=$(absolute "$beside")
 hostfile=$(absolute "$hostfile")
 
 cd "$here"
@@ -80,6 +86,8 @@ for method in $methods; do
 done
 mapfile -t sets < <(zipperasr show sets --conf "$conf")
 mkdir -p "$exp_dir/log"
+touch "$exp_dir/log/commands.txt"
+grep -qxF -- "$command" "$exp_dir/log/commands.txt" || echo "$command" >>"$exp_dir/log/commands.txt"
 exec 3>&1
 
 begin() {  # <stage> <title>: ends the stage before and says whether this one is wanted; its output goes to a log
@@ -127,6 +135,12 @@ decode_and_score() {  # <run>
   local/score.sh "${sets[@]/#/$run/decode_}"
 }
 
+stress_test() {  # <run>: decode the beginning of every set with every language's adapter and prompt
+  local run=$exp_dir/$1
+  zipperasr decode --run-dir "$run" --data-dir "$data_dir" --nj "$nj" --sets "${sets[@]}" --as all --first "$stress"
+  local/score.sh "$run"/as_*/decode_*
+}
+
 if begin 0 "corpora and pretrained models"; then
   zipperasr show corpora --conf "$conf" | awk '$3 != "real" { print $1, $3 }' | while read -r corpus scale; do
     python local/make_mini.py --out "$data_dir/corpora" --corpora "$corpus" --scale "$scale" --nj "$nj" </dev/null
@@ -168,11 +182,12 @@ fi
 if begin 7 "Stage-2 decoding and scoring"; then
   for method in $methods; do
     decode_and_score "${method}_$encoder"
+    ((stress == 0)) || stress_test "${method}_$encoder"
   done
 fi
 
 if begin 8 "tables and figures"; then
-  zipperasr report --exp-dir "$exp_dir" --out "$exp_dir/report" >&3
+  zipperasr report --exp-dir "$exp_dir" --data-dir "$data_dir" --out "$exp_dir/report" ${beside:+--beside "$beside"} >&3
 fi
 
 end

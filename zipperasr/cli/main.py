@@ -26,7 +26,7 @@ VERBS = {
     "decode": "transcribe sets with a trained run",
     "score": "word or character error rates of decode directories",
     "compare": "whether one system's error rate differs from another's, and where",
-    "report": "tables and figures of every scored run",
+    "report": "one page about every scored run, with tables and figures",
     "inspect": "print what a checkpoint holds: parameters, languages, shares of specific ranks",
     "export": "write a run in the formats of transformers and PEFT",
     "to-kaldi": "write sets as Kaldi data directories, which ESPnet reads too",

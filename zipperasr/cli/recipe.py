@@ -54,6 +54,15 @@ def load(path: Path | str, *, overrides: Iterable[str] = ()) -> Config:
     return whole
 
 
+def load_run(run_dir: Path, *, overrides: Iterable[str] = ()) -> Config:
+    """The checked configuration that a run was trained with. Raises UserError where there is none, and as `load`."""
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(
+            f"{run_dir}: no run (it has no config.yaml); give what stage 4 or 6 has made, as exp/mini/<run>"
+        )
+    return load(run_dir / "config.yaml", overrides=overrides)
+
+
 def share(text: str) -> tuple[int, int]:
     """A job and the number of jobs, from `2/8`: the type of command-line options. Raises ArgumentTypeError."""
     job, _, num_jobs = text.partition("/")

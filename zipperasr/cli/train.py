@@ -57,14 +57,26 @@ def begin_and_train(
         if is_first:
             begin(args, whole)
         if (args.run_dir / runs.FINISHED).is_file():
-            print(f"{args.run_dir}: trained already")
+            if is_first:
+                _describe(args.run_dir)
+                print(f"{args.run_dir}: trained already")
             return
         trainer = _trainer(args, whole, build_model)
         if is_first:
             runs.write_language_embeddings(args.run_dir, trainer.engine.module.language_embeddings)
         trainer.run()
         if is_first:
+            _describe(args.run_dir)
             print(f"{args.run_dir}: trained")
+
+
+def _describe(run_dir: Path) -> None:
+    """Write inspect.json, what `zipperasr inspect` says of a finished run, for the report."""
+    path = run_dir / "inspect.json"
+    if not path.is_file():
+        from zipperasr.model.inspect import inspect
+
+        files.write_json(path, inspect(run_dir))
 
 
 def _begin(args: argparse.Namespace, whole: recipe.Config) -> None:

@@ -27,6 +27,7 @@ from zipperasr.model import EncoderSettings
 from zipperasr.model.checkpoint import load_run
 from zipperasr.model.speech_llm import SpeechLLM
 
+MIN_FILL = 0.6  # of the positions of a batch's longest utterance
 Batch = list[tuple[Utterance, Tensor | None]]  # with features [F_u, bins], or None where they cannot be read
 
 
@@ -77,15 +78,24 @@ def segment_s(model: SpeechLLM, settings: EncoderSettings) -> float:
 def batches(
     utterances: Sequence[Utterance], settings: DecodingSettings, *, prompt_tokens: int
 ) -> Iterator[Sequence[Utterance]]:
-    """Runs of `utterances` (longest first) within `max_tokens_per_batch`; a single utterance is always within it."""
-    start = 0
-    while start < len(utterances):
-        longest = utterances[start]
-        positions = prompt_tokens + num_speech_tokens(longest.num_frames) + max_tokens(longest, settings)
-        positions = -(-positions // POSITIONS) * POSITIONS
-        stop = start + max(1, settings.max_tokens_per_batch // (positions * settings.beam))
-        yield utterances[start:stop]
-        start = stop
+    """Runs of `utterances` (longest first) within `max_tokens_per_batch`; a single utterance is always within it.
+
+    A shorter one than MIN_FILL of a batch's longest begins the next: it would be padded more than it is worth.
+    """
+
+    def positions(utterance: Utterance) -> int:
+        return prompt_tokens + num_speech_tokens(utterance.num_frames) + max_tokens(utterance, settings)
+
+    batch: list[Utterance] = []
+    for utterance in utterances:
+        longest = positions(batch[0]) if batch else math.inf
+        tokens = -(-longest // POSITIONS) * POSITIONS * settings.beam * (len(batch) + 1)
+        if batch and (tokens > settings.max_tokens_per_batch or positions(utterance) < MIN_FILL * longest):
+            yield batch
+            batch = []
+        batch.append(utterance)
+    if batch:
+        yield batch
 
 
 @functools.lru_cache(maxsize=1)

@@ -168,7 +168,9 @@ def read_text(path: Path) -> dict[str, str]:
 def read_per_utt(path: Path) -> dict[str, Counts]:
     """The counts in a `per_utt` file by utterance id. Raises UserError naming the file when it is missing or broken."""
     try:
-        rows = [line.split("\t") for line in read_lines(path)[1:]]
+        header, *rows = [line.split("\t") for line in read_lines(path)]
+        if header != ["id", *Counts().as_dict(), "rate"]:
+            raise ValueError(f"its first line is {header}")
         return {utt_id: Counts(*map(int, (hits, sub, ins, dele))) for utt_id, _, hits, sub, ins, dele, _ in rows}
     except ValueError as error:
         raise UserError(f"{path}: not a table of counts ({error}); score this set again") from error
@@ -206,7 +208,7 @@ def grid(utterance: Aligned, *, label: str = "hyp", most: float = math.inf, in_c
 
     They go on in further lines after at most `most` columns of a terminal.
     """
-    columns = [[_shown(cell) for cell in column] for column in utterance.columns]
+    columns = [[shown(cell) for cell in column] for column in utterance.columns]
     for block in _blocks(columns, most - len("ref  ")):
         widths = [max(map(width, column)) for column in block]
         paint = [PAINT.get(op) if in_color else None for *_, op in block]
@@ -235,7 +237,7 @@ def width(text: str) -> int:
     return len(text) + wide - sum(unicodedata.category(char) in ("Mn", "Me", "Cf") for char in text)
 
 
-def _shown(unit: str) -> str:
+def shown(unit: str) -> str:
     """A unit for people: a mark alone stands on a dotted circle, and control characters cannot act on a terminal."""
     unit = re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", unit)
     return f"\u25cc{unit}" if unicodedata.category(unit[:1] or " ")[0] == "M" else unit
