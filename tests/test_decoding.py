@@ -23,8 +23,8 @@ from zipperasr import config, files, languages, prompts
 from zipperasr.cli import recipe as recipes
 from zipperasr.cli.main import main
 from zipperasr.data import lists, manifests
-from zipperasr.data.features import FeatureSettings
-from zipperasr.data.utterances import load_utterances
+from zipperasr.data.features import FeatureSettings, num_frames
+from zipperasr.data.utterances import Utterance, load_utterances
 from zipperasr.decoding import DecodingSettings, job, worker
 from zipperasr.decoding.generate import Transcriber
 from zipperasr.decoding.guards import MIN_LOOP
@@ -233,6 +233,20 @@ def test_the_step_is_one_graph_that_batches_of_a_shape_share(model):
         assert [h.text for h in compiled(speech_of(model), CAPS)] == [h.text for h in plain]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_batches_hold_every_utterance_once_within_memory_and_without_much_padding(beam):
+    draw, settings = np.random.default_rng(0), DecodingSettings(beam=beam, max_tokens_per_batch=4096)
+    durations_s = np.sort(draw.uniform(0.3, 29, 200))[::-1].tolist()
+    listed = [Utterance(f"{i}", "de", "", "", s, num_frames(s), 80, None) for i, s in enumerate(durations_s)]
+    made = list(worker.batches(listed, settings, prompt_tokens=12))
+    assert [u.id for batch in made for u in batch] == [u.id for u in listed]
+    for batch in made:
+        positions = [12 + math.ceil(u.num_frames / 8) + worker.max_tokens(u, settings) for u in batch]
+        assert len(batch) == 1 or beam * len(batch) * 64 * math.ceil(positions[0] / 64) <= 4096
+        assert min(positions) >= 0.6 * max(positions)
+    assert max(map(len, made)) > 4
 
 
 class Run(NamedTuple):

@@ -88,7 +88,7 @@ def batches(
 
     batch: list[Utterance] = []
     for utterance in utterances:
-        longest = positions(batch[0]) if batch else math.inf
+        longest = positions(batch[0] if batch else utterance)
         tokens = -(-longest // POSITIONS) * POSITIONS * settings.beam * (len(batch) + 1)
         if batch and (tokens > settings.max_tokens_per_batch or positions(utterance) < MIN_FILL * longest):
             yield batch
