@@ -14,5 +14,5 @@ SIZES = {
     "paper": ("large-v3", "Qwen/Qwen3-1.7B"),
 }
 """Encoder and LLM of a model by size; of the mini recipe's only the shapes are taken."""
-LENGTHS = {"librispeech": "LibriSpeech", "mls": "MLS", "commonvoice": "Common Voice"}
+LENGTHS = {"librispeech": "LibriSpeech", "mls": "MLS", "commonvoice": "Common Voice", "mini": "the mini recipe"}
 """Corpora whose utterances' lengths are imitated, by the name of the option."""
