@@ -28,14 +28,14 @@ POSITIONS = 64  # a batch's positions are a multiple of this, so that few shapes
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """What the LLM wrote, with the mean log-probability over its `num_tokens` tokens, end-of-text included.
+    """What the LLM wrote: its tokens with their mean log-probability, end-of-text included, and their text.
 
     `flags` say which guard has acted: `capped`, `loop`, `script`, `redecoded`, `cut` (zipperasr/decoding/decode.py).
     """
 
+    ids: list[int]
     text: str
     logprob: float
-    num_tokens: int
     flags: tuple[str, ...] = ()
     first_text: str | None = None
 
@@ -84,13 +84,13 @@ class Transcriber:
         A loop, and a text in another script, is searched for once more without; if that does not end, a loop is cut.
         """
         found = [self._read(*said) for said in self._search(speech, caps)]
-        again = [i for i, (_, first) in enumerate(found) if {"loop", "script"} & set(first.flags)]
+        again = [i for i, first in enumerate(found) if {"loop", "script"} & set(first.flags)]
         if again:
             constraints = self._constraints()
             second = self._search([speech[i] for i in again], [caps[i] for i in again], constraints)
             for i, said in zip(again, second, strict=True):
-                found[i] = [], self._mended(*found[i], self._read(*said)[1])
-        return [hypothesis for _, hypothesis in found]
+                found[i] = self._mended(found[i], self._read(*said))
+        return found
 
     def _search(
         self, speech: Sequence[Tensor], caps: Sequence[int], constraints: Sequence[LogitsProcessor] = ()
@@ -149,8 +149,8 @@ class Transcriber:
             output_scores=self.settings.beam > 1,
         )
 
-    def _read(self, ids: list[int], logprob: float) -> tuple[list[int], Hypothesis]:
-        """The tokens, and what they say, with what is wrong with it."""
+    def _read(self, ids: list[int], logprob: float) -> Hypothesis:
+        """What tokens say, and what is wrong with it."""
         started = clock()
         text = self._text(ids)
         flags = {
@@ -160,16 +160,16 @@ class Transcriber:
         }
         self.seconds.detokenise_s += clock() - started
         raised = tuple(flag for flag, is_raised in flags.items() if is_raised)
-        return ids, Hypothesis(text, logprob, len(ids), raised)
+        return Hypothesis(ids, text, logprob, raised)
 
-    def _mended(self, ids: list[int], first: Hypothesis, second: Hypothesis) -> Hypothesis:
+    def _mended(self, first: Hypothesis, second: Hypothesis) -> Hypothesis:
         """The second hypothesis, if it is whole, or else the first without the rounds of its loop."""
         if not second.flags:
             return replace(second, flags=(*first.flags, "redecoded"), first_text=first.text)
         if "loop" not in first.flags:
             return first
-        cut = ids[: loop_start(ids, self.settings.loop_repeats)]
-        return replace(first, text=self._text(cut), flags=(*first.flags, "cut"), first_text=first.text)
+        cut = self._text(first.ids[: loop_start(first.ids, self.settings.loop_repeats)])
+        return replace(first, text=cut, flags=(*first.flags, "cut"), first_text=first.text)
 
     def _constraints(self) -> list[LogitsProcessor]:
         if self.foreign is None:

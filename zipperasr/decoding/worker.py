@@ -154,7 +154,7 @@ def _record(utterance: Utterance, is_read: bool, found: Hypothesis | None, *, is
     if found is None:
         said, flags = {"text": "", "logprob": None, "num_tokens": 0}, ["no_speech" if is_read else "unreadable"]
     else:
-        said = {"text": found.text, "logprob": round(found.logprob, 5), "num_tokens": found.num_tokens}
+        said = {"text": found.text, "logprob": round(found.logprob, 5), "num_tokens": len(found.ids)}
         flags = [*found.flags, *["empty"] * (not found.text), *["split"] * is_split]
     first = {"first_text": found.first_text} if found and found.first_text is not None else {}
     return record | said | {"flags": flags, "duration_s": utterance.duration_s} | first
