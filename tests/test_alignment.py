@@ -130,6 +130,18 @@ def test_greedy_text_is_that_of_the_best_unit_of_each_frame():
     assert alignment.greedy(torch.zeros(0, V)) == []
 
 
+def test_the_best_texts_are_those_with_the_most_probable_paths(engine):
+    for seed in range(3):
+        log_probs, sums = posteriors(seed, 5, scale=3.0), {}
+        for path in itertools.product(range(V), repeat=5):
+            score = sum(log_probs[t, unit].item() for t, unit in enumerate(path))
+            sums[tuple(read(path))] = sums.get(tuple(read(path)), 0.0) + math.exp(score)
+        expected = sorted(sums, key=sums.get, reverse=True)[:3]
+        found = alignment.n_best(log_probs, 3, engine=engine)
+        assert [tuple(ids) for ids, _ in found] == expected
+        assert [score for _, score in found] == pytest.approx([math.log(sums[ids]) for ids in expected], abs=1e-4)
+
+
 def test_another_blank_than_unit_0_is_as_good():
     log_probs = posteriors(5, 30)
     moved = log_probs[:, [1, 2, 3, 0]]  # unit 3 is the blank

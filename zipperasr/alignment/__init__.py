@@ -17,7 +17,7 @@ from zipperasr.alignment.engines import available, choose
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Alignment", "available", "choose", "ctc_loss", "forced_align", "greedy", "min_frames"]
+__all__ = ["Alignment", "available", "choose", "ctc_loss", "forced_align", "greedy", "min_frames", "n_best"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def forced_align(
     some = [log_probs[i].detach().float() for i in fitting]
     paths = choose(engine, "align").paths(some, [list(targets[i]) for i in fitting], blank) if fitting else []
     for i, scores, path in zip(fitting, some, paths, strict=True):
-        posteriors = scores.gather(1, path[:, None].to(scores.device))[:, 0].exp()
+        posteriors = scores.gather(1, path[:, None].to(scores.device))[:, 0].exp().cpu()
         found[i] = Alignment(path.tolist(), posteriors, list(_spans(path.tolist(), blank)))
     return found
 
@@ -59,6 +59,17 @@ def ctc_loss(
 def greedy(log_probs: Tensor, *, blank: int = 0) -> list[int]:
     """The tokens of the path [T, V] with the most probable unit in every frame."""
     return [unit for unit in log_probs.argmax(-1).unique_consecutive().tolist() if unit != blank]
+
+
+def n_best(log_probs: Tensor, num: int, *, blank: int = 0, engine: str | None = None) -> list[tuple[list[int], float]]:
+    """At most `num` texts of an utterance [T, V], the most probable first, each with its log-probability.
+
+    That is summed over all paths; k2 draws the texts from a lattice, torch searches with a beam of prefixes.
+    """
+    texts = [ids for ids in choose(engine, "texts").texts(log_probs, num, blank) if min_frames(ids) <= len(log_probs)]
+    scores = -ctc_loss([log_probs] * len(texts), texts, blank=blank, engine=engine)
+    ranked = sorted(zip(texts, scores.tolist(), strict=True), key=lambda one: -one[1])
+    return ranked[:num]
 
 
 def min_frames(targets: Sequence[int]) -> int:

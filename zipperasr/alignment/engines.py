@@ -1,7 +1,7 @@
 """The engines: torch's CTC loss with a Viterbi search written here, k2, and torchaudio.
 
 k2 and torchaudio are built for one PyTorch each. Whether they fit is read from their versions, as a torchaudio that
-does not fits breaks what imports it: nothing is imported before it is used. Legend: as in __init__.py.
+does not fit breaks what imports it: nothing is imported before it is used. Legend: as in __init__.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ENGINES = ("k2", "torchaudio", "torch")  # the first that is there is used
-Job = Literal["align", "loss"]
+Job = Literal["align", "loss", "texts"]
 PATH_BEAM, LOSS_BEAM = 10.0, 30.0  # nats below the best path that k2's lattices keep; e^-30 is below what fp32 adds up
 
 
@@ -32,6 +32,9 @@ class Engine(Protocol):
     def losses(self, log_probs: Sequence[Tensor], targets: Sequence[Sequence[int]], blank: int) -> Tensor:
         """The CTC loss of each utterance: [N]."""
 
+    def texts(self, log_probs: Tensor, num: int, blank: int) -> list[list[int]]:
+        """Likely texts of an utterance: `num` or more, if there are."""
+
 
 def available() -> dict[str, str | None]:
     """Why each engine cannot be used, or None where it can; in the order in which they are preferred."""
@@ -41,13 +44,12 @@ def available() -> dict[str, str | None]:
 
 
 def choose(name: str | None, job: Job) -> Engine:
-    """The engine of that name, by default the first that can be used; torchaudio has no loss of its own.
+    """The engine of that name, by default the first that can be used; torchaudio only aligns.
 
     Raises UserError for an engine that is unknown or cannot be used.
     """
     obstacles = available()
-    if name is None:
-        name = next(n for n in ENGINES if obstacles[n] is None and not (n == "torchaudio" and job == "loss"))
+    name = name or _first(obstacles, job)
     if name not in ENGINES:
         raise UserError(f"alignment engine '{name}' is unknown; there are {', '.join(ENGINES)}")
     if obstacles[name]:
@@ -57,9 +59,14 @@ def choose(name: str | None, job: Job) -> Engine:
 
 def describe() -> str:
     """Which engines are used, and why others are not, in a line."""
-    reasons = "; ".join(f"{name}: {obstacle}" for name, obstacle in available().items() if obstacle)
-    used = f"alignment by {type(choose(None, 'align')).__name__}, CTC loss by {type(choose(None, 'loss')).__name__}"
-    return used.lower().replace("ctc", "CTC") + (f" ({reasons})" if reasons else "")
+    obstacles = available()
+    reasons = "; ".join(f"{name}: {obstacle}" for name, obstacle in obstacles.items() if obstacle)
+    used = f"alignment by {_first(obstacles, 'align')}, CTC loss by {_first(obstacles, 'loss')}"
+    return f"{used} ({reasons})" if reasons else used
+
+
+def _first(obstacles: dict[str, str | None], job: Job) -> str:
+    return next(n for n in ENGINES if obstacles[n] is None and (job == "align" or n != "torchaudio"))
 
 
 class Torch:
@@ -79,9 +86,14 @@ class Torch:
         flat = torch.tensor([i for ids in targets for i in ids], device=log_probs[0].device)
         return F.ctc_loss(pad_sequence(log_probs), flat, lengths, sizes, blank=blank, reduction="none")
 
+    def texts(self, log_probs: Tensor, num: int, blank: int) -> list[list[int]]:
+        from zipperasr.alignment.beam import prefixes
+
+        return prefixes(log_probs, 4 * num, blank)
+
 
 class Torchaudio(Torch):
-    """torchaudio's forced_align, an utterance at a time; its loss is torch's."""
+    """torchaudio's forced_align, an utterance at a time; all else is torch's."""
 
     def paths(self, log_probs: Sequence[Tensor], targets: Sequence[Sequence[int]], blank: int) -> list[Tensor]:
         import torch
@@ -115,6 +127,19 @@ class K2:
         graphs, dense, order = self._prepared(log_probs, targets, blank)
         losses = k2.ctc_loss(graphs, dense, output_beam=LOSS_BEAM, reduction="none", use_double_scores=True)
         return losses[torch.argsort(torch.tensor(order)).to(losses.device)]
+
+    def texts(self, log_probs: Tensor, num: int, blank: int) -> list[list[int]]:
+        """Of paths drawn from the lattice of the CTC topology, whose graph has V^2 arcs."""
+        import k2
+
+        _, dense, _ = self._prepared([log_probs], [[]], blank)
+        topology = k2.ctc_topo(log_probs.shape[1] - 1, device=log_probs.device)
+        lattice = k2.intersect_dense_pruned(
+            topology, dense, search_beam=20, output_beam=PATH_BEAM, min_active_states=30, max_active_states=10_000
+        )
+        paths = k2.random_paths(lattice, use_double_scores=True, num_paths=100 * num)
+        (texts,) = k2.ragged.index(lattice.aux_labels, paths).remove_values_leq(0).tolist()
+        return [list(text) for text in dict.fromkeys(map(tuple, texts))]
 
     @staticmethod
     def _prepared(log_probs: Sequence[Tensor], targets: Sequence[Sequence[int]], blank: int):

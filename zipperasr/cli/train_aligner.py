@@ -18,7 +18,7 @@ OVERRIDABLE = ("training.aligner.", "data.features.storage")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-dir", type=Path, required=True, help="a finished run")
     parser.add_argument("--data-dir", type=Path, required=True, help="holds manifests/, lists/ and features/")
-    parser.add_argument("--setting", help="whose train lists (default: those that the run was trained on)")
+    parser.add_argument("--setting", nargs="+", help="whose train lists (default: those the run was trained on)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.aligner.epochs=2")
 
 
@@ -31,14 +31,16 @@ def run(args: argparse.Namespace) -> None:
     from zipperasr.model.checkpoint import load_run
     from zipperasr.training import aligner
 
-    if other := [text for text in args.overrides if not text.startswith(OVERRIDABLE)]:
+    settings = [name for name in args.setting or () if "=" not in name]
+    overrides = [text for text in args.setting or () if "=" in text] + args.overrides  # those behind --setting too
+    if other := [text for text in overrides if not text.startswith(OVERRIDABLE)]:
         raise UserError(f"override '{other[0]}': a trained run takes only {OVERRIDABLE[0]}<key> and {OVERRIDABLE[1]}")
-    whole = recipe.load_run(args.run_dir, overrides=args.overrides)
+    whole = recipe.load_run(args.run_dir, overrides=overrides)
     weights = runs.final_weights(args.run_dir)
-    setting = args.setting or getattr(whole.training, f"stage{whole.stage}").setting
-    listed = list(lists.find(args.data_dir, setting, "train").values())
+    settings = settings or [getattr(whole.training, f"stage{whole.stage}").setting]
+    listed = [path for name in settings for path in lists.find(args.data_dir, name, "train").values()]
     about = {
-        "setting": setting,
+        "trained_on": settings,
         "step": int(weights.parent.name.removeprefix("step-")),
         "weights": files.sha256(weights),
     }
@@ -49,11 +51,16 @@ def run(args: argparse.Namespace) -> None:
             print(f"{folder}: trained already")
             return
         (folder / ".done").unlink(missing_ok=True)
+        utterances = [
+            utterance
+            for name in settings
+            for utterance in load_utterances(args.data_dir, name, "train", None, whole.data.features)
+        ]
         model = load_run(args.run_dir, [about["step"]]).to("cuda" if torch.cuda.is_available() else "cpu")
         said = aligner.train(
             args.run_dir,
             model,
-            load_utterances(args.data_dir, setting, "train", None, whole.data.features),
+            utterances,
             settings=whole.training.aligner,
             packing=whole.data.packing,
             chunk_s=segment_s(model, whole.model.encoder),

@@ -5,7 +5,8 @@
     ctm            id, channel, start, duration, word, confidence
     textgrid/      <id>.TextGrid of each utterance, for Praat
 
-An utterance without words has none where its text is empty, its audio unreadable, or too short for the text.
+An utterance has no words where its text is empty, or has no character that the head knows, and where its audio is
+unreadable, or too short for the text.
 """
 
 import json
@@ -89,5 +90,5 @@ def _rows(utterances: Sequence[Utterance], texts: dict[str, str], heard: dict[st
             ],
             "confidence": round(sum(w.confidence for w in words) / len(words), 4) if words else None,
             "ctc_text": one and one.ctc_text,
-            "disagreement": one and round(one.disagreement, 4),
+            "disagreement": one and one.disagreement and round(one.disagreement, 4),
         }

@@ -31,13 +31,14 @@ FRAME_S = 0.02
 class Heard:
     """The words of a text, and what the CTC head alone has heard.
 
-    `words` is empty where the audio is too short for the text. `disagreement`: the edit distance between text and
-    `ctc_text` over the length of the longer one, in characters as for training, without spaces: from 0 to 1.
+    `words` is empty where the audio is too short for the text, or the head knows none of its characters.
+    `disagreement`: the edit distance between text and `ctc_text` over the length of the longer one, in characters as
+    for training, without spaces: from 0 to 1; None where the head knows none of the text's characters.
     """
 
     words: list[Word]
     ctc_text: str
-    disagreement: float
+    disagreement: float | None
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,10 @@ class Aligner:
     def _heard(self, log_probs, text, lang, targets, found: alignment.Alignment | None) -> Heard:
         ctc_text = self.units.decode(alignment.greedy(log_probs))
         ours, theirs = (train_text(t, lang).replace(" ", "") for t in (text, ctc_text))
-        words = self._timed(split(text), targets[1], found) if found else []
-        return Heard(words, ctc_text, Levenshtein.normalized_distance(ours, theirs))
+        ids, owners = targets
+        words = self._timed(split(text), owners, found) if found and ids else []
+        is_known = ids or not ours
+        return Heard(words, ctc_text, Levenshtein.normalized_distance(ours, theirs) if is_known else None)
 
     def _timed(self, words: list[str], owners: list[int | None], found: alignment.Alignment) -> list[Word]:
         """Words with their times; one without any known character has no duration, and no confidence."""
