@@ -46,30 +46,40 @@ def times(words):
     return [(w.text, w.start_s, w.end_s) for w in words]
 
 
+PAUSED = "--aab------ ------cc-a"  # 0.26 s between two words
+
+
 def test_words_have_the_times_of_their_characters_and_the_mean_posterior_of_their_frames():
-    path = "--aab-- --cc-a"
-    words = aligner().words(frames_of(path), "de", "aB, ca!")
-    assert times(words) == [("aB,", 0.04, 0.1), ("ca!", 0.2, 0.28)]
+    words = aligner().words(frames_of(PAUSED), "de", "aB, ca!")
+    assert times(words) == [("aB,", 0.04, 0.1), ("ca!", 0.36, 0.44)]
     assert [w.confidence for w in words] == [0.9, 0.9]
-    frames = frames_of(path)
+    frames = frames_of(PAUSED)
     frames[2] = frames_of("a", posterior=0.3)[0]
     assert aligner().words(frames, "de", "ab ca")[0].confidence == pytest.approx((0.3 + 0.9 + 0.9) / 3, abs=1e-4)
 
 
 def test_words_begin_early_and_end_late_but_never_overlap_or_leave_the_audio():
+    shifted = aligner(early_s=0.01, late_s=0.02)
+    assert times(shifted.words(frames_of(PAUSED), "de", "ab ca")) == [("ab", 0.03, 0.12), ("ca", 0.35, 0.44)]
     shifted = aligner(early_s=0.03, late_s=0.05)
-    assert times(shifted.words(frames_of("--aab-- --cc-a"), "de", "ab ca")) == [("ab", 0.01, 0.15), ("ca", 0.17, 0.28)]
     assert times(shifted.words(frames_of("aab -cc"), "de", "ab ca")) == [("ab", 0.0, 0.09), ("ca", 0.09, 0.14)]
+
+
+def test_what_is_less_than_a_pause_between_two_words_is_shared_by_them():
+    assert times(aligner().words(frames_of("--aab-- --cc-a"), "de", "ab ca")) == [
+        ("ab", 0.04, 0.15),
+        ("ca", 0.15, 0.28),
+    ]
 
 
 def test_characters_are_words_where_there_are_no_spaces():
     words = aligner().words(frames_of("-一--二二-a"), "zh", "一二 a")
-    assert times(words) == [("一", 0.02, 0.04), ("二", 0.08, 0.12), ("a", 0.14, 0.16)]
+    assert times(words) == [("一", 0.02, 0.06), ("二", 0.06, 0.13), ("a", 0.13, 0.16)]
 
 
 def test_a_word_of_unknown_characters_has_no_duration_and_no_confidence():
     words = aligner().words(frames_of("-aa- -bb-"), "de", "xyz a ... b")
-    assert times(words) == [("xyz", 0.0, 0.0), ("a", 0.02, 0.06), ("...", 0.06, 0.06), ("b", 0.12, 0.16)]
+    assert times(words) == [("xyz", 0.0, 0.0), ("a", 0.02, 0.09), ("...", 0.09, 0.09), ("b", 0.09, 0.16)]
     assert [w.confidence for w in words] == [0.0, 0.9, 0.0, 0.9]
     (heard,) = aligner()([frames_of("-a")], "de", ["xyz"])  # a text that cannot be judged at all
     assert (heard.words, heard.disagreement) == ([], None)

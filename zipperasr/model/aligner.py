@@ -25,6 +25,8 @@ from zipperasr.model.ctc import CtcHead, Units, load_head
 
 FOLDER, SETTINGS = "aligner", "settings.json"  # of a run
 FRAME_S = 0.02
+PAUSE_S = 0.2
+"""Less between two words is no pause but the end of one and the beginning of the other, in equal parts."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Aligner:
         starts = {n: first[n] * FRAME_S - self.early_s for n in known}
         ends = {n: last[n] * FRAME_S + self.late_s for n in known}
         for one, other in itertools.pairwise(known):
-            if ends[one] > starts[other]:
+            if starts[other] - ends[one] < PAUSE_S:
                 ends[one] = starts[other] = (ends[one] + starts[other]) / 2
         at, timed, duration_s = 0.0, [], len(found.path) * FRAME_S
         for number, word in enumerate(words):
