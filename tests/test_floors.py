@@ -22,6 +22,7 @@ FLOORS = {
     "data": 1,
     "adapters": 1,
     "scoring": 1,
+    "alignment": 1,
     "errors": 0,
     "files": 0,
     "config": 0,

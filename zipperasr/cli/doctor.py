@@ -49,11 +49,13 @@ def run(args: argparse.Namespace) -> int:
 
 def examine(args: argparse.Namespace, here: Machine) -> Iterator[Finding]:
     """All findings for a machine."""
+    from zipperasr.alignment import engines
     from zipperasr.training.preflight import Finding, machine
 
     is_elsewhere = args.gpu_memory is not None
     num_gpus = args.ngpu if args.ngpu is not None else int(bool(here.gpus) or is_elsewhere)
     yield from machine.check(here, num_gpus=0 if is_elsewhere else num_gpus)
+    yield Finding("machine", "ok", engines.describe())
     if args.conf is None:
         return
     try:

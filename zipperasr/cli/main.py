@@ -24,6 +24,8 @@ VERBS = {
     "train": "train stage 1 or stage 2",
     "add-language": "give a trained stage-2 run another language, and leave the others as they are",
     "decode": "transcribe sets with a trained run",
+    "train-aligner": "train a character CTC head on a finished run, for word times",
+    "align": "word times and confidences of decoded sets",
     "score": "word or character error rates of decode directories",
     "compare": "whether one system's error rate differs from another's, and where",
     "report": "one page about every scored run, with tables and figures",

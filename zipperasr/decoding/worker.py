@@ -51,7 +51,7 @@ def decode_share(
     bar = tqdm(total=len(utterances), desc=job.set, unit="utt", mininterval=1, disable=True if share else None)
     with open(path, "w", encoding="utf-8") as part, bar:
         started = time.perf_counter()
-        for batch in _read_ahead(batches(utterances, job.decoding, prompt_tokens=len(transcriber.prompt))):
+        for batch in read_ahead(batches(utterances, job.decoding, prompt_tokens=len(transcriber.prompt))):
             try:
                 records, seconds = _transcribe(transcriber, job, batch, encoded)
             except torch.OutOfMemoryError as error:
@@ -104,7 +104,7 @@ def _load(run_dir: Path, steps: tuple[int, ...], digest: str, device: str) -> Sp
     return load_run(run_dir, steps).to(device, torch.float32 if device == "cpu" else torch.bfloat16)
 
 
-def _read_ahead(todo: Iterable[Sequence[Utterance]]) -> Iterator[Batch]:
+def read_ahead(todo: Iterable[Sequence[Utterance]]) -> Iterator[Batch]:
     """Each batch with its features, read while the batch before is being transcribed."""
     with ThreadPoolExecutor(1) as reader:
         ahead = None

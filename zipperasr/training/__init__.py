@@ -59,8 +59,25 @@ UNBOUND = frozenset(
 """Settings that do not change what is learnt, so a run may be resumed with other values."""
 
 
+class AlignerSettings(Settings):
+    """The CTC head for word times, trained alone on the frozen encoder of a finished run (zipperasr train-aligner)."""
+
+    epochs: PositiveInt = 4
+    max_steps: PositiveInt | None = None
+    """Steps in place of `epochs`."""
+    rows_per_batch: PositiveInt = 8
+    """Rows of data.packing.max_tokens_per_row that a step takes."""
+    lr: PositiveFloat = 1e-2
+    """Highest rate; it warms up linearly and then falls along a cosine."""
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_ratio: Fraction = 0.1
+    seed: int = 0
+    num_workers: NonNegativeInt = 0
+
+
 class TrainingSettings(Settings):
-    """Both stages of the recipe (section IV-A, arXiv:2603.17558)."""
+    """Both stages of the recipe (section IV-A, arXiv:2603.17558), and what is trained on a finished run."""
 
     stage1: StageSettings
     stage2: StageSettings
+    aligner: AlignerSettings = AlignerSettings()

@@ -1,0 +1,66 @@
+"""Word times and confidences for decoded sets: ctm, textgrid/ and words.jsonl in RUN_DIR/decode_<set>.
+
+The run needs an aligner (zipperasr train-aligner). words.jsonl has beside each text what the CTC head alone hears, and
+how far the two disagree: a sign of text that nobody has said. Sets that are aligned already are skipped.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from zipperasr import files
+from zipperasr.alignment.words import OUTPUTS
+from zipperasr.cli import recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run-dir", type=Path, required=True, help="a run with an aligner and decoded sets")
+    parser.add_argument("--data-dir", type=Path, required=True, help="holds manifests/, lists/ and features/")
+    parser.add_argument("--sets", nargs="+", required=True, metavar="SET", help="<corpus>_<lang>_<split>")
+    parser.add_argument("--text", choices=("hyp", "ref"), default="hyp", help="what is aligned (default: %(default)s)")
+    parser.add_argument("--format", nargs="+", choices=OUTPUTS, default=list(OUTPUTS), help="(default: all)")
+    parser.add_argument("--engine", help="k2, torchaudio or torch (default: the first of them that is there)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Align what is not aligned yet and print a line for each set."""
+    import torch
+
+    from zipperasr.data.utterances import load_utterances
+    from zipperasr.decoding import align
+    from zipperasr.model.aligner import FOLDER, SETTINGS, Aligner
+    from zipperasr.model.checkpoint import load_run
+    from zipperasr.model.ctc import WEIGHTS
+    from zipperasr.scoring import score
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    whole, model = recipe.load_run(args.run_dir), None
+    aligner = Aligner.load(args.run_dir, device=device, engine=args.engine)
+    made_by = [args.run_dir / FOLDER / name for name in (WEIGHTS, SETTINGS)]
+    for name in dict.fromkeys(args.sets):
+        directory = args.run_dir / f"decode_{name}"
+        decoded = score.read(directory)
+        texts, meta = decoded.refs if args.text == "ref" else decoded.hyps, decoded.meta
+        key = files.fingerprint([texts, args.text, sorted(args.format), args.engine, *map(files.sha256, made_by)])
+        if files.is_done(directory, key, name=".aligned") and all(
+            (directory / OUTPUTS[f]).exists() for f in args.format
+        ):
+            print(f"{directory}: aligned already", flush=True)
+            continue
+        model = model or load_run(args.run_dir, [aligner.step]).to(device)
+        utterances = load_utterances(args.data_dir, meta["setting"], "test", [name], whole.data.features)[
+            : meta["first"]
+        ]
+        began = time.perf_counter()
+        heard = align.align(
+            aligner, model.merged(decoded.language.code), decoded.language.code, utterances, texts,
+            encoder=whole.model.encoder, decoding=whole.decoding,
+        )  # fmt: skip
+        rtfx = sum(u.duration_s for u in utterances) / (time.perf_counter() - began)
+        said = align.write(directory, utterances, texts, heard, args.format)
+        files.mark_done(directory, key, name=".aligned")
+        print(
+            f"{directory}: {said['num_words']} words of {said['num_utts']} utterances ({said['num_unaligned']} have "
+            f"none), confidence {said['confidence']:.2f}, disagreement {said['disagreement']:.2f}, RTFx {rtfx:.0f}",
+            flush=True,
+        )
