@@ -24,6 +24,7 @@ VERBS = {
     "train": "train stage 1 or stage 2",
     "add-language": "give a trained stage-2 run another language, and leave the others as they are",
     "decode": "transcribe sets with a trained run",
+    "transcribe": "text or subtitles of audio files of any length, with a trained run",
     "score": "word or character error rates of decode directories",
     "compare": "whether one system's error rate differs from another's, and where",
     "report": "one page about every scored run, with tables and figures",

@@ -45,7 +45,7 @@ def decode_share(
     if num_shares > 1:
         torch.set_num_threads(1)
     device = f"cuda:{share % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    model = _load(job.run_dir, job.steps, job.model, device).merged(job.spoken_as)
+    model = load_model(job.run_dir, job.steps, job.model, device).merged(job.spoken_as)
     transcriber = Transcriber(model, job.spoken_as, job.decoding)
     path = job.directory / f"part.{job.key}.{uuid.uuid4().hex[:8]}.jsonl"
     bar = tqdm(total=len(utterances), desc=job.set, unit="utt", mininterval=1, disable=True if share else None)
@@ -99,7 +99,7 @@ def batches(
 
 
 @functools.lru_cache(maxsize=1)
-def _load(run_dir: Path, steps: tuple[int, ...], digest: str, device: str) -> SpeechLLM:
+def load_model(run_dir: Path, steps: tuple[int, ...], digest: str, device: str) -> SpeechLLM:
     """The run's model: loaded once per process, and again if the run has been trained anew (`digest`)."""
     return load_run(run_dir, steps).to(device, torch.float32 if device == "cpu" else torch.bfloat16)
 
