@@ -122,13 +122,14 @@ def main() -> None:
     args = parser.parse_args()
 
     from zipperasr.data.features import log_mel
-    from zipperasr.model.aligner import FOLDER, SETTINGS, Aligner
+    from zipperasr.model import ALIGNER, ALIGNER_SETTINGS
+    from zipperasr.model.aligner import Aligner
     from zipperasr.model.checkpoint import load_run
 
     aligner = Aligner.load(args.run_dir)
     model, every = load_run(args.run_dir, [aligner.step]), []
     print("       words  median of |distance|  median of distance at start, end  within 40 ms")
-    trained_on = files.read_json(args.run_dir / FOLDER / SETTINGS)["langs"]
+    trained_on = files.read_json(args.run_dir / ALIGNER / ALIGNER_SETTINGS)["langs"]
     for lang in args.langs or [lang for lang in LANGS if lang in trained_on]:
         merged, rows = model.merged(lang), []
         for spoken in speak(phrases(lang, "test", args.number)):

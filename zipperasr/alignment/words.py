@@ -37,13 +37,16 @@ def boundaries(text: str) -> list[bool]:
     return [match.start() > 0 and text[match.start() - 1].isspace() for match in _WORD.finditer(text)]
 
 
+def ctm_line(name: str, word: Word) -> str:
+    """A line of NIST's CTM, of a recording with one channel: `name channel start duration word confidence`."""
+    times = f"{word.start_s:.3f} {word.end_s - word.start_s:.3f}"
+    return f"{name} 1 {times} {word.text} {word.confidence:.3f}\n"
+
+
 def write_ctm(path: Path, words_by_id: Iterable[tuple[str, Iterable[Word]]]) -> None:
-    """NIST's CTM: `id channel start duration word confidence`, times in seconds."""
+    """Write CTM, times in seconds."""
     with files.write(path) as stream:
-        for utt_id, words in words_by_id:
-            for w in words:
-                duration_s = w.end_s - w.start_s
-                stream.write(f"{utt_id} 1 {w.start_s:.3f} {duration_s:.3f} {w.text} {w.confidence:.3f}\n")
+        stream.writelines(ctm_line(utt_id, word) for utt_id, words in words_by_id for word in words)
 
 
 def write_textgrid(path: Path, words: Iterable[Word], duration_s: float) -> None:

@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> None:
 
     from zipperasr.data.utterances import load_utterances
     from zipperasr.decoding import align
-    from zipperasr.model.aligner import FOLDER, SETTINGS, Aligner
+    from zipperasr.model import ALIGNER, ALIGNER_SETTINGS
+    from zipperasr.model.aligner import Aligner
     from zipperasr.model.checkpoint import load_run
     from zipperasr.model.ctc import WEIGHTS
     from zipperasr.scoring import score
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     whole, model = recipe.load_run(args.run_dir), None
     aligner = Aligner.load(args.run_dir, device=device, engine=args.engine)
-    made_by = [args.run_dir / FOLDER / name for name in (WEIGHTS, SETTINGS)]
+    made_by = [args.run_dir / ALIGNER / name for name in (WEIGHTS, ALIGNER_SETTINGS)]
     for name in dict.fromkeys(args.sets):
         directory = args.run_dir / f"decode_{name}"
         decoded = score.read(directory)

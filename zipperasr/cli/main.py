@@ -26,6 +26,7 @@ VERBS = {
     "decode": "transcribe sets with a trained run",
     "train-aligner": "train a character CTC head on a finished run, for word times",
     "align": "word times and confidences of decoded sets",
+    "transcribe": "text or subtitles of audio files of any length, with a trained run",
     "score": "word or character error rates of decode directories",
     "compare": "whether one system's error rate differs from another's, and where",
     "report": "one page about every scored run, with tables and figures",

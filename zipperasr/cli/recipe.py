@@ -10,7 +10,7 @@ from pydantic import PositiveFloat
 from zipperasr import config, languages
 from zipperasr.config import Settings
 from zipperasr.data import DataSettings
-from zipperasr.decoding import DecodingSettings
+from zipperasr.decoding import DecodingSettings, TranscriptionSettings
 from zipperasr.errors import UserError
 from zipperasr.model import ModelSettings
 from zipperasr.reporting import ReportSettings
@@ -40,6 +40,7 @@ class Config(Settings):
     model: ModelSettings
     training: TrainingSettings
     decoding: DecodingSettings = DecodingSettings()
+    transcription: TranscriptionSettings = TranscriptionSettings()
     scoring: ScoringSettings = ScoringSettings()
     report: ReportSettings = ReportSettings()
 

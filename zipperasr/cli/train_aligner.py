@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
 
     from zipperasr.data.utterances import load_utterances
     from zipperasr.decoding.worker import segment_s
-    from zipperasr.model.aligner import FOLDER
+    from zipperasr.model import ALIGNER
     from zipperasr.model.checkpoint import load_run
     from zipperasr.training import aligner
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
         "weights": files.sha256(weights),
     }
     key = files.fingerprint([about, whole.training.aligner.model_dump(), *map(files.sha256, listed)])
-    folder = args.run_dir / FOLDER
+    folder = args.run_dir / ALIGNER
     with files.lock(folder):
         if files.is_done(folder, key):
             print(f"{folder}: trained already")

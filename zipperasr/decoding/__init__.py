@@ -30,3 +30,18 @@ class DecodingSettings(Settings):
     min_modulation_db: NonNegativeFloat = 1.0
     loop_repeats: int = Field(6, ge=3)
     max_foreign_share: float = Field(0.5, ge=0, le=1)
+
+
+class TranscriptionSettings(Settings):
+    """How audio of any length is cut (decoding/segments.py), and when a given language is doubted.
+
+    A segment is at most `max_segment_s` long, or as long as the encoder takes if that is less, and is cut in a pause of
+    `min_pause_s` or more where there is one, `margin_s` before speech and behind it. A model does best on what is about
+    as long, and begins about as soon, as what it was trained on.
+    A language that was given is doubted where Whisper gives another one a probability of at least `doubt`.
+    """
+
+    max_segment_s: float = Field(25.0, ge=1, le=30)
+    min_pause_s: PositiveFloat = 0.2
+    margin_s: float = Field(0.2, ge=0.01, le=1)
+    doubt: float = Field(0.8, gt=0.5, le=1)

@@ -63,11 +63,8 @@ def plan(
     `average` are those of choose_steps. A language of `as_langs` has its adapter and prompt in place of the set's own.
     Raises UserError when there is no such list, checkpoint or language.
     """
-    steps, complete = choose_steps(run_dir, step, average=average), checkpoints_by_step(run_dir)
-    folders = [run_dir / "init", *(complete[at] for at in steps)]
-    weights = [folder / WEIGHTS for folder in folders if (folder / WEIGHTS).is_file()]
-    model = files.fingerprint([run.model_dump(), *map(files.sha256, weights)])
-    jobs = []
+    steps = choose_steps(run_dir, step, average=average)
+    model, jobs = model_digest(run_dir, run, steps), []
     for name in dict.fromkeys(sets):
         where = _setting_of(name, data, first=setting)
         corpus, lang, _ = name.split("_", 2)
@@ -82,6 +79,14 @@ def plan(
             job = Job(run_dir, steps, run, data_dir, where, name, data.features, decoding, model, key, as_lang, first)
             jobs.append(job)
     return jobs
+
+
+def model_digest(run_dir: Path, run: RunSettings, steps: Sequence[int]) -> str:
+    """Stands for the model that a run's checkpoints at `steps` make: its settings and weights."""
+    complete = checkpoints_by_step(run_dir)
+    folders = [run_dir / "init", *(complete[at] for at in steps)]
+    weights = [folder / WEIGHTS for folder in folders if (folder / WEIGHTS).is_file()]
+    return files.fingerprint([run.model_dump(), *map(files.sha256, weights)])
 
 
 def decode(
@@ -104,7 +109,7 @@ def decode(
             listed.append(lists_of[job.set][: job.first])
         encoded = [frozenset(u.id for u in utterances[:NUM_ENCODINGS]) for utterances in listed]
         todo = [_todo(job, utterances, share) for job, utterances in zip(jobs, listed, strict=True)]
-        pools = _start_pools(nj, stack) if nj > 1 and any(todo) else []
+        pools = start_pools(nj, stack) if nj > 1 and any(todo) else []
         started = [_start(job, *work, pools) for job, *work in zip(jobs, todo, encoded, strict=True)]
         for job, utterances, waits in zip(jobs, listed, started, strict=True):
             try:
@@ -132,7 +137,7 @@ def _setting_of(name: str, data: DataSettings, *, first: str) -> str:
     raise UserError(f"no setting tests on the set '{name}'; there are {', '.join(known) or 'none'}")
 
 
-def _start_pools(nj: int, stack: ExitStack) -> list[ProcessPoolExecutor]:
+def start_pools(nj: int, stack: ExitStack) -> list[ProcessPoolExecutor]:
     """`nj` pools of one process, so that each process keeps its share of every set, its GPU and its model.
 
     They are forked from a server that has imported what they need, once for all; this process needs no torch.

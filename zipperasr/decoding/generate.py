@@ -1,7 +1,7 @@
 """Hypotheses of a batch of utterances: put the speech behind the prompt, let the LLM write, mend what it made up.
 
 Legend: N utterances, T positions of the longest input, S new tokens, P tokens of the prompt, H LLM width, V vocabulary,
-F feature frames, S_u speech tokens of an utterance, D encoder width.
+F_u feature frames, T_u encoder frames and S_u speech tokens of an utterance, D encoder width.
 
 A hypothesis depends on nothing but its utterance: speech is padded on the left and masked, positions count without
 the padding, each utterance has its own cap on new tokens, and is mended alone.
@@ -70,12 +70,12 @@ class Transcriber:
 
     @torch.inference_mode()
     def encode(self, features: Sequence[Tensor], chunk_s: float) -> tuple[list[Tensor], list[Tensor]]:
-        """Features [F_u, bins] -> the projector's embeddings [S_u, H], and the mean over time of encoder frames [D]."""
+        """Features [F_u, bins] -> the projector's embeddings [S_u, H] and the encoder's frames [T_u, D] of each."""
         started, device = clock(), self.prompt.device
         frames, lengths = self.model.encoder([x.to(device) for x in features], [self.lang] * len(features), chunk_s)
         speech = self.model.projector(frames, lengths)
         self.seconds.encoder_s += clock() - started
-        return speech, [x.float().mean(0) for x in frames.split(lengths)]
+        return speech, list(frames.split(lengths))
 
     @torch.inference_mode()
     def __call__(self, speech: Sequence[Tensor], caps: Sequence[int]) -> list[Hypothesis]:

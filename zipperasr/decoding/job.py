@@ -1,11 +1,11 @@
-"""What there is to decode: one set, with one model."""
+"""What there is to decode: one set, or audio from anywhere, with one model."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from zipperasr import files
 from zipperasr.data import FeatureSettings
-from zipperasr.decoding import DecodingSettings
+from zipperasr.decoding import DecodingSettings, TranscriptionSettings
 from zipperasr.model import RunSettings
 
 OUTPUTS = ("hyp", "ref", "utts.jsonl", "encodings.npz", "timing.json", "meta.json")
@@ -51,3 +51,28 @@ class Job:
     def is_done(self) -> bool:
         """Whether the results are there, whole, and of this key."""
         return files.is_done(self.directory, self.key) and all((self.directory / name).is_file() for name in OUTPUTS)
+
+
+@dataclass(frozen=True)
+class TranscriptionJob:
+    """All that transcripts depend on besides their audio.
+
+    `langs` are the languages that are looked for, `lang` the one that all is said to be in, if any; `model` as above,
+    `aligner` the digest of the run's aligner, if it has one of these weights.
+    """
+
+    run_dir: Path
+    steps: tuple[int, ...]
+    run: RunSettings
+    decoding: DecodingSettings
+    transcription: TranscriptionSettings
+    langs: tuple[str, ...]
+    lang: str | None
+    model: str
+    aligner: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Stands for all of it."""
+        settings = [self.decoding.model_dump(), self.transcription.model_dump()]
+        return files.fingerprint([self.model, self.aligner, *settings, self.langs, self.lang])

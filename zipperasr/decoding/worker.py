@@ -45,7 +45,7 @@ def decode_share(
     if num_shares > 1:
         torch.set_num_threads(1)
     device = f"cuda:{share % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    model = _load(job.run_dir, job.steps, job.model, device).merged(job.spoken_as)
+    model = load_model(job.run_dir, job.steps, job.model, device).merged(job.spoken_as)
     transcriber = Transcriber(model, job.spoken_as, job.decoding)
     path = job.directory / f"part.{job.key}.{uuid.uuid4().hex[:8]}.jsonl"
     bar = tqdm(total=len(utterances), desc=job.set, unit="utt", mininterval=1, disable=True if share else None)
@@ -99,7 +99,7 @@ def batches(
 
 
 @functools.lru_cache(maxsize=1)
-def _load(run_dir: Path, steps: tuple[int, ...], digest: str, device: str) -> SpeechLLM:
+def load_model(run_dir: Path, steps: tuple[int, ...], digest: str, device: str) -> SpeechLLM:
     """The run's model: loaded once per process, and again if the run has been trained anew (`digest`)."""
     return load_run(run_dir, steps).to(device, torch.float32 if device == "cpu" else torch.bfloat16)
 
@@ -132,10 +132,10 @@ def _transcribe(
     heard = {u.id: x for u, x in batch if x is not None and _has_speech(x, job.decoding)}
     transcriber.seconds, hypotheses, means = Seconds(), {}, {}
     if heard:
-        speech, encodings = transcriber.encode(list(heard.values()), longest_s)
+        speech, frames = transcriber.encode(list(heard.values()), longest_s)
         caps = [max_tokens(u, job.decoding) for u, _ in batch if u.id in heard]
         hypotheses = dict(zip(heard, transcriber(speech, caps), strict=True))
-        means = {i: x for i, x in zip(heard, encodings, strict=True) if i in encoded}
+        means = {i: x.float().mean(0) for i, x in zip(heard, frames, strict=True) if i in encoded}
     max_s = longest_s if job.run.model.encoder.context == "full" else math.inf
     records = [_record(u, x is not None, hypotheses.get(u.id), is_split=u.duration_s > max_s) for u, x in batch]
     for record in records:

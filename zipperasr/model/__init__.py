@@ -11,6 +11,7 @@ from zipperasr.config import Settings
 from zipperasr.errors import UserError
 
 WEIGHTS = "trainable.safetensors"
+ALIGNER, ALIGNER_SETTINGS = "aligner", "settings.json"  # the folder of a run, and a file in it
 
 Step = int | Literal["best"] | None
 Seconds = Annotated[float, Field(gt=0, le=30)]

@@ -20,10 +20,9 @@ from zipperasr import alignment, files, languages
 from zipperasr.alignment.words import Word, boundaries, split
 from zipperasr.data.text import train_text
 from zipperasr.errors import UserError
-from zipperasr.model import WEIGHTS, find_checkpoint
+from zipperasr.model import ALIGNER, ALIGNER_SETTINGS, WEIGHTS, find_checkpoint
 from zipperasr.model.ctc import CtcHead, Units, load_head
 
-FOLDER, SETTINGS = "aligner", "settings.json"  # of a run
 FRAME_S = 0.02
 PAUSE_S = 0.2
 """Less between two words is no pause but the end of one and the beginning of the other, in equal parts."""
@@ -62,9 +61,9 @@ class Aligner:
 
         Raises UserError where it has none that fits its weights, and for an engine that cannot be used.
         """
-        folder = Path(run_dir) / FOLDER
+        folder = Path(run_dir) / ALIGNER
         head, units = load_head(folder)
-        saved = files.read_json(folder / SETTINGS)
+        saved = files.read_json(folder / ALIGNER_SETTINGS)
         if files.sha256(find_checkpoint(run_dir, saved["step"]) / WEIGHTS) != saved["weights"]:
             raise UserError(f"{folder}: the run has been trained anew since; run zipperasr train-aligner again")
         alignment.choose(engine, "align")

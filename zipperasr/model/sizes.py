@@ -39,9 +39,18 @@ FOUND_IN_TRANSFORMERS = {
 }
 """What transformers.WhisperConfig calls the sizes of whisper.model.ModelDimensions."""
 
+DECODER_IN_TRANSFORMERS = {
+    "n_text_ctx": "max_target_positions",
+    "n_text_state": "d_model",
+    "n_text_head": "decoder_attention_heads",
+    "n_text_layer": "decoder_layers",
+}
+"""The same for the sizes of the decoder."""
 
-def whisper_dims(config: dict[str, Any]) -> dict[str, int]:
+
+def whisper_dims(config: dict[str, Any], *, with_decoder: bool = False) -> dict[str, int]:
     """The sizes in a Whisper's config.json, ours or transformers', by openai-whisper's names; KeyError if one lacks."""
+    names = FOUND_IN_TRANSFORMERS | (DECODER_IN_TRANSFORMERS if with_decoder else {})
     if "dims" in config:
-        return {name: config["dims"][name] for name in FOUND_IN_TRANSFORMERS}
-    return {name: config[theirs] for name, theirs in FOUND_IN_TRANSFORMERS.items()}
+        return {name: config["dims"][name] for name in names}
+    return {name: config[theirs] for name, theirs in names.items()}

@@ -1,6 +1,7 @@
 """Whisper in openai-whisper's form and in that of transformers: what we need of it read, and both forms written.
 
-Of the decoder we need the token embedding alone, whose rows for language tokens describe the languages.
+Of the decoder a model needs the token embedding alone, whose rows for language tokens describe the languages; only the
+detection of languages (language_id.py) needs it whole.
 """
 
 import dataclasses
@@ -8,6 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any, NamedTuple
 
 import torch
 import whisper
@@ -15,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from whisper.model import AudioEncoder, Whisper
+from whisper.model import AudioEncoder, TextDecoder, Whisper
 from whisper.tokenizer import get_tokenizer
 
 from zipperasr import files
@@ -37,6 +39,8 @@ HF_NAMES = (
     ("ln_post.", "layer_norm."),
     ("positional_embedding", "embed_positions.weight"),
     ("token_embedding.", "embed_tokens."),
+    ("cross_self_attn", "encoder_attn"),  # what the rows above make of cross_attn
+    ("decoder.ln.", "decoder.layer_norm."),
 )
 """Parts of tensors' names in openai-whisper and in transformers; replaced in this order, also backwards."""
 
@@ -46,7 +50,7 @@ CHOICE = "give a folder, a whole .pt file or a known name"
 
 
 def hf_name(name: str) -> str:
-    """What transformers' Whisper calls the tensor `name` of openai-whisper, of the encoder or the token embedding."""
+    """What transformers' Whisper calls the tensor `name` of openai-whisper."""
     for ours, theirs in HF_NAMES:
         name = name.replace(ours, theirs)
     return name
@@ -59,6 +63,39 @@ def load_whisper(name: str) -> tuple[AudioEncoder, dict[str, Tensor]]:
     (fetched, its SHA-256 checked), or a model id of the Hugging Face hub (safetensors only).
     Raises UserError where there is no such model, or it is not whole, or not a Whisper.
     """
+    return _take(_stored(name))
+
+
+def load_whole_whisper(name: str) -> tuple[AudioEncoder, TextDecoder, dict[str, int]]:
+    """A Whisper's encoder and decoder in fp32 on the CPU, and each language's token; `name` and errors as above."""
+    stored = _stored(name)
+    try:
+        dims = whisper_dims(stored.config, with_decoder=True)
+    except KeyError as error:
+        raise UserError(f"{stored.where}: its config.json has no decoder, it lacks {error}; {AGAIN}") from error
+    with torch.device("meta"):
+        sizes = ("n_vocab", "n_text_ctx", "n_text_state", "n_text_head", "n_text_layer")
+        decoder = TextDecoder(*(dims[size] for size in sizes))
+        parts = {"encoder.": make_encoder(dims), "decoder.": decoder}
+    wanted = {part + name: t for part, module in parts.items() for name, t in module.state_dict().items()}
+    ours = _fitting(stored, wanted, *parts)
+    for part, module in parts.items():
+        module.load_state_dict({n.removeprefix(part): t for n, t in ours.items() if n.startswith(part)}, assign=True)
+    decoder.mask = torch.full(decoder.mask.shape, -torch.inf).triu_(1)  # which no file holds
+    return parts["encoder."], decoder, stored.tokens
+
+
+class _Stored(NamedTuple):
+    """A Whisper's tensors as they are stored, what says their sizes, and the languages' tokens."""
+
+    where: Path  # named in errors
+    tensors: Mapping[str, Tensor]
+    config: dict[str, Any]
+    tokens: dict[str, int]
+    is_hf: bool
+
+
+def _stored(name: str) -> _Stored:
     path = Path(name)
     if path.is_dir():
         return _from_folder(path)
@@ -110,7 +147,7 @@ def save_hf(folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor],
     model.to(dtype).save_pretrained(folder)
 
 
-def _from_folder(folder: Path) -> tuple[AudioEncoder, dict[str, Tensor]]:
+def _from_folder(folder: Path) -> _Stored:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no model, it has no config.json; {CHOICE}")
@@ -125,39 +162,44 @@ def _from_folder(folder: Path) -> tuple[AudioEncoder, dict[str, Tensor]]:
         tokens = config["language_tokens"] if is_ours else _hf_language_tokens(folder, dims["n_vocab"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: not that of a whole Whisper ({error}); {AGAIN}") from error
-    return _take(folder, _read(folder), dims, tokens, is_hf=not is_ours)
+    return _Stored(folder, _read(folder), config, tokens, not is_ours)
 
 
-def _from_file(path: Path) -> tuple[AudioEncoder, dict[str, Tensor]]:
+def _from_file(path: Path) -> _Stored:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict):
             raise TypeError(f"it holds a {type(content).__name__}")
-        dims, tensors = whisper_dims({"dims": content["dims"]}), content["model_state_dict"]
+        config, tensors = {"dims": content["dims"]}, content["model_state_dict"]
+        dims = whisper_dims(config)
     except (OSError, EOFError, RuntimeError, KeyError, TypeError, UnpicklingError) as error:
         raise UserError(
             f"{path}: no model of openai-whisper ({' '.join(str(error).split())[:300]}); {CHOICE}"
         ) from error
-    return _take(path, tensors, dims, _language_tokens(dims["n_vocab"]))
+    return _Stored(path, tensors, config, _language_tokens(dims["n_vocab"]), False)
 
 
-def _take(
-    where: Path, tensors: Mapping[str, Tensor], dims: dict[str, int], tokens: dict[str, int], *, is_hf: bool = False
-) -> tuple[AudioEncoder, dict[str, Tensor]]:
-    """The encoder and the languages' embeddings out of a Whisper's tensors; `where` is named in errors."""
+def _take(stored: _Stored) -> tuple[AudioEncoder, dict[str, Tensor]]:
+    """The encoder and the languages' embeddings."""
+    where, tokens, dims = stored.where, stored.tokens, whisper_dims(stored.config)
     with torch.device("meta"):
         encoder, table = make_encoder(dims), torch.empty(dims["n_vocab"], dims["n_audio_state"])
     wanted = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()} | {TABLE: table}
-    theirs = {name: hf_name(name) if is_hf else name for name in wanted}
-    found = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    found = {name: t for name, t in found.items() if name.startswith("encoder.") or name == theirs[TABLE]}
-    check_fit(where, found, {theirs[name]: tensor for name, tensor in wanted.items()}, mend=AGAIN, spoilt=AGAIN)
+    ours = _fitting(stored, wanted, "encoder.")
     if outside := [lang for lang, token in tokens.items() if not 0 <= token < dims["n_vocab"]]:
         raise UserError(f"{where}: the token of '{outside[0]}' is {tokens[outside[0]]}, of {dims['n_vocab']}; {AGAIN}")
-    ours = {name: found[theirs[name]].to(torch.float32, copy=True) for name in wanted}
     table = ours.pop(TABLE)
     encoder.load_state_dict({name.removeprefix("encoder."): t for name, t in ours.items()}, assign=True)
     return encoder, {lang: table[token].clone() for lang, token in tokens.items()}
+
+
+def _fitting(stored: _Stored, wanted: Mapping[str, Tensor], *parts: str) -> dict[str, Tensor]:
+    """The `wanted` tensors in fp32; UserError unless they, and no others of `parts`, are there and fit."""
+    theirs = {name: hf_name(name) if stored.is_hf else name for name in wanted}
+    found = {name.removeprefix("model."): tensor for name, tensor in stored.tensors.items()}
+    found = {name: t for name, t in found.items() if name.startswith(parts) or name in theirs.values()}
+    check_fit(stored.where, found, {theirs[name]: t for name, t in wanted.items()}, mend=AGAIN, spoilt=AGAIN)
+    return {name: found[theirs[name]].to(torch.float32, copy=True) for name in wanted}
 
 
 def _read(folder: Path) -> dict[str, Tensor]:

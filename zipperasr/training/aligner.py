@@ -22,7 +22,8 @@ from zipperasr.data.loader import load_batches
 from zipperasr.data.packing import Example, PackingSettings, Plan, pack
 from zipperasr.data.utterances import Utterance
 from zipperasr.errors import UserError
-from zipperasr.model.aligner import FOLDER, SETTINGS, Aligner
+from zipperasr.model import ALIGNER, ALIGNER_SETTINGS
+from zipperasr.model.aligner import Aligner
 from zipperasr.model.ctc import CtcHead, Units, save_head
 from zipperasr.model.speech_llm import SpeechLLM
 from zipperasr.training import AlignerSettings
@@ -56,10 +57,10 @@ def train(
     loss = _train(head, model, examples, settings=settings, packing=packing, chunk_s=chunk_s)
     chosen = random.Random(f"calibrate {settings.seed}").sample(examples, min(len(examples), NUM_CALIBRATING))
     early_s, late_s = _calibrate(Aligner(head.eval(), units), model, [x.utterance for x in chosen], chunk_s)
-    save_head(run_dir / FOLDER, head, units)
+    save_head(run_dir / ALIGNER, head, units)
     about = {**about, "langs": sorted({u.lang for u in utterances})}
     said = {**about, "loss": round(loss, 4), "early_s": round(early_s, 4), "late_s": round(late_s, 4)}
-    files.write_json(run_dir / FOLDER / SETTINGS, {**said, "settings": settings.model_dump()})
+    files.write_json(run_dir / ALIGNER / ALIGNER_SETTINGS, {**said, "settings": settings.model_dump()})
     return said
 
 

@@ -1,0 +1,647 @@
+"""Audio of any length: read in blocks, cut at pauses, transcribed, written as text and subtitles."""
+
+import contextlib
+import html
+import itertools
+import json
+import re
+import stat
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import soundfile
+import tiny
+import torch
+import whisper
+from scipy.signal import resample_poly
+from torch import nn
+from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+from zipperasr import config, files
+from zipperasr.alignment.words import Word, split
+from zipperasr.cli import recipe as recipes
+from zipperasr.cli import transcribe as cli
+from zipperasr.cli.main import main
+from zipperasr.data import manifests, stream
+from zipperasr.data.features import log_mel
+from zipperasr.decoding import formats, inputs, segments, transcribe
+from zipperasr.decoding.generate import Hypothesis, Transcriber
+from zipperasr.decoding.transcript import Segment, Transcript
+from zipperasr.errors import UserError
+from zipperasr.languages import LANGUAGES
+from zipperasr.model import checkpoint
+from zipperasr.model.language_id import LanguageDetector
+from zipperasr.model.whisper_io import save_whisper
+
+RATE = 16000
+PAUSES = {"min_pause_s": 0.2, "margin_s": 0.2}
+
+
+def speech(duration_s: float, seed: int = 0) -> np.ndarray:
+    """Noise in syllables, four a second."""
+    noise = np.random.default_rng(seed).normal(0, 0.1, round(duration_s * RATE))
+    return (noise * (np.sin(np.arange(len(noise)) * 4 * np.pi / RATE) ** 2 + 0.03)).astype(np.float32)
+
+
+def in_blocks(samples: np.ndarray, size: int):
+    return iter(np.split(samples, range(size, len(samples), size)))
+
+
+# Cutting
+
+
+def conversation(seed: int, *, longest_s: float, noise: float) -> tuple[np.ndarray, list[tuple[float, float]]]:
+    """Five minutes of speech between pauses of 0.3 to 1.5 s, and sometimes 10 s, over noise; when there is speech."""
+    draw = np.random.default_rng(seed)
+    samples, spans, at_s = draw.normal(0, noise, 300 * RATE).astype(np.float32), [], draw.uniform(0, 3)
+    while at_s < 300 - longest_s:
+        said = speech(draw.uniform(0.4, longest_s), seed=len(spans))
+        samples[round(at_s * RATE) :][: len(said)] += said
+        spans.append((at_s, at_s + len(said) / RATE))
+        at_s = spans[-1][1] + draw.choice([draw.uniform(0.3, 1.5), 10], p=[0.95, 0.05])
+    return samples, spans
+
+
+@pytest.mark.parametrize("noise", [0, 1e-4, 5e-3])
+@pytest.mark.parametrize("max_s, longest_s, block", [(25, 8, 480_000), (30, 4, 77_777), (2, 1.2, 480_000)])
+def test_pieces_hold_all_speech_and_are_cut_in_pauses(max_s, longest_s, block, noise):
+    samples, spans = conversation(round(max_s + 1e4 * noise), longest_s=longest_s, noise=noise)
+    pieces = list(segments.cut(in_blocks(samples, block), max_s=max_s, **PAUSES))
+    times = [(piece.start_s, piece.start_s + len(piece.samples) / RATE) for piece in pieces]
+    assert all(any(a <= start and end <= b + 1e-6 for a, b in times) for start, end in spans)  # each in one piece
+    assert all(end <= start + 1e-6 for (_, end), (start, _) in itertools.pairwise(times))
+    assert max(len(piece.samples) for piece in pieces) <= max_s * RATE
+    assert all(np.array_equal(p.samples, samples[round(p.start_s * RATE) :][: len(p.samples)]) for p in pieces)
+    alone = [end - start for start, end in times if max_s > 10]
+    assert np.mean([length > 8 for length in alone] or [1]) > 0.6  # few are short, and those before a long pause
+
+
+def test_unbroken_speech_is_cut_at_its_quietest_frames_without_a_gap():
+    draw, quiet_s = np.random.default_rng(0), (17.0, 36.0, 51.5)
+    samples = draw.normal(0, 0.1, 60 * RATE).astype(np.float32) * np.repeat(draw.uniform(0.6, 1, 600), RATE // 10)
+    for at_s in quiet_s:  # shorter than a pause
+        samples[round(at_s * RATE) :][: RATE // 20] *= 0.1
+    pieces = list(segments.cut(in_blocks(samples, 480_000), max_s=25, **PAUSES))
+    assert sum(len(piece.samples) for piece in pieces) == len(samples)
+    assert [piece.start_s for piece in pieces[1:3]] == pytest.approx([q + 0.025 for q in quiet_s[:2]], abs=0.03)
+
+
+@pytest.mark.parametrize("level, covered_s", [(0, 0), (1e-5, 0), (0.05, 90)])
+def test_silence_is_in_no_piece_and_what_could_hide_speech_in_some(level, covered_s):
+    samples = np.random.default_rng(0).normal(0, level, 90 * RATE).astype(np.float32)
+    pieces = segments.cut(in_blocks(samples, 480_000), max_s=25, **PAUSES)
+    assert sum(len(piece.samples) for piece in pieces) == covered_s * RATE
+
+
+def test_a_loud_voice_does_not_hide_one_that_is_30_db_below_it():
+    samples = np.random.default_rng(0).normal(0, 1e-4, 120 * RATE).astype(np.float32)
+    samples[RATE : 21 * RATE] += speech(20)
+    samples[60 * RATE : 64 * RATE] += 10**-1.5 * speech(4)
+    times = [(p.start_s, p.start_s + len(p.samples) / RATE) for p in segments.cut([samples], max_s=25, **PAUSES)]
+    assert any(start <= 60 and end >= 64 for start, end in times)
+
+
+@pytest.mark.parametrize("noise", [0, 1e-3])
+def test_real_recordings_are_covered_and_cut_where_nobody_speaks(shared_speech, noise):
+    """What is within 25 dB of a recording's loudest frame, and above the noise, is taken for speech."""
+    draw, clips = np.random.default_rng(0), []
+    for path in sorted(shared_speech.glob("*/*.*"))[::2]:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        clips.append(resample_poly(samples.mean(axis=1), RATE, rate) * 10 ** draw.uniform(-0.75, 0))
+    samples = np.concatenate(clips)
+    level = segments.level_db(samples)
+    loudest = [segments.level_db(clip).max() for clip in clips]
+    at = np.minimum(np.searchsorted(np.cumsum([len(c) for c in clips]), np.arange(len(level)) * 160), len(clips) - 1)
+    is_said = level > np.maximum(np.array(loudest)[at] - 25, 20 * np.log10(noise + 1e-9) + 3)
+    samples = (samples + noise * draw.normal(size=len(samples))).astype(np.float32)
+    pieces = list(segments.cut(in_blocks(samples, 480_000), max_s=25, **PAUSES))
+    starts = [round(100 * piece.start_s) for piece in pieces]
+    ends = [start + len(piece.samples) // 160 for start, piece in zip(starts, pieces, strict=True)]
+    is_covered = np.zeros(len(level), bool)
+    for start, end in zip(starts, ends, strict=True):
+        is_covered[start:end] = True
+    assert (is_said & ~is_covered).sum() < 1e-3 * is_said.sum()
+    assert np.mean([10 <= (end - start) / 100 <= 25 for start, end in zip(starts, ends, strict=True)]) > 0.6
+    assert np.mean(is_said[ends[:-1]]) < 0.1
+
+
+def test_what_fits_the_encoder_is_not_cut():
+    samples = np.concatenate([np.zeros(4 * RATE, np.float32), speech(1), np.zeros(4 * RATE, np.float32)])
+    (piece,) = segments.cut(in_blocks(samples, 1000), max_s=9, **PAUSES)
+    assert piece.start_s == 0 and np.array_equal(piece.samples, samples)
+
+
+# Reading
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 44100, 48000, 96000])
+@pytest.mark.parametrize("block", [1000, 31_337])
+def test_blocks_are_resampled_as_the_whole(rate, block):
+    samples = np.random.default_rng(0).normal(0, 0.1, 50_001).astype(np.float32)
+    made = np.concatenate(list(stream.resampled(in_blocks(samples, block), rate)))
+    divisor = np.gcd(rate, RATE)
+    np.testing.assert_allclose(made, resample_poly(samples, RATE // divisor, rate // divisor), atol=1e-6)
+
+
+def read(path: Path, **span) -> np.ndarray:
+    return np.concatenate(list(stream.read(path, stream.describe(path), **span)))
+
+
+@pytest.mark.parametrize("format", ["WAV", "FLAC", "OGG", "MP3", "AIFF"])
+def test_content_decides_what_a_file_is(tmp_path, format):
+    samples = speech(3)
+    soundfile.write(tmp_path / "talk.txt", samples, RATE, format=format)
+    found = read(tmp_path / "talk.txt")
+    assert abs(len(found) - len(samples)) <= 2400
+    assert np.corrcoef(found[: len(samples)], samples[: len(found)])[0, 1] > 0.7
+
+
+def test_channels_are_averaged_and_times_and_channels_picked(tmp_path):
+    channels = np.random.default_rng(0).uniform(-0.5, 0.5, (40 * RATE, 3)).astype(np.float32)
+    soundfile.write(tmp_path / "x.wav", channels, RATE, subtype="FLOAT")
+    np.testing.assert_allclose(read(tmp_path / "x.wav"), channels.mean(axis=1), atol=1e-7)
+    picked = read(tmp_path / "x.wav", start_s=31.5, end_s=39.25, channels=(1,))
+    assert np.array_equal(picked, channels[int(31.5 * RATE) : int(39.25 * RATE), 1])
+    with pytest.raises(UserError, match="no channel 7, there are 3"):
+        read(tmp_path / "x.wav", channels=(7,))
+
+
+def write_bad(folder: Path, kind: str) -> Path:
+    path = folder / f"{kind}.wav"
+    if kind == "empty":
+        path.touch()
+    elif kind == "text":
+        path.write_text("Not a sound.\n" * 100)
+    elif kind == "headed":
+        soundfile.write(path, np.zeros(0, np.float32), RATE)
+    elif kind == "truncated":
+        soundfile.write(path, speech(2), RATE)
+        path.write_bytes(path.read_bytes()[:20_000])
+    elif kind == "broken":
+        soundfile.write(path, speech(60), RATE, format="FLAC")
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2 : len(data) // 2 + 60_000] = bytes(60_000)
+        path.write_bytes(data)
+    elif kind == "numberless":
+        soundfile.write(path, np.full(RATE, np.nan, np.float32), RATE, subtype="FLOAT")
+    return path
+
+
+BAD = {
+    "missing": "no such file",
+    "empty": "an empty file",
+    "text": "not audio that libsndfile reads; give audio, or install ffmpeg",
+    "headed": "holds no audio",
+    "truncated": "ends before the audio that its header declares",
+    "broken": "broken",
+    "numberless": "no numbers",
+}
+
+
+def program(folder: Path, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    path = folder / "ffmpeg"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def test_ffmpeg_reads_what_libsndfile_does_not(tmp_path, monkeypatch):
+    samples, path = speech(70), tmp_path / "-talk.m4a"
+    path.write_bytes(b"\0\0\0\x18ftypM4A " + bytes(1000))
+    samples.tofile(tmp_path / "raw")
+    program(tmp_path / "bin", f'printf "%s\\n" "$@" > {tmp_path}/args; cat {tmp_path}/raw')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin:/usr/bin")
+    assert stream.describe(path) is None
+    assert np.array_equal(read(path, start_s=1.5, end_s=3), samples)
+    said = (tmp_path / "args").read_text().splitlines()
+    assert said[said.index("-i") + 1] == f"file:{path}" and said[said.index("-ss") + 1] == "1.5"
+    assert "hls" not in said[said.index("-format_whitelist") + 1].split(",")  # playlists name other files
+    first = stream.read(path, None)
+    next(first)
+    first.close()  # ends the program too
+    program(tmp_path / "bin", "echo one >&2; echo moov atom not found >&2; exit 1")
+    with pytest.raises(UserError, match=r"-talk.m4a: no audio that ffmpeg can read \(moov atom not found\)"):
+        read(path)
+
+
+# What there is to transcribe
+
+
+def test_a_kaldi_directory_is_its_utterances_in_their_languages(tmp_path):
+    (tmp_path / "wav.scp").write_text("a audio/a.flac\nb /data/b.wav\n")
+    (tmp_path / "utt2lang").write_text("a-1 deu\n")
+    assert [s.path for s in inputs.find([str(tmp_path)])[0]] == [Path("audio/a.flac"), Path("/data/b.wav")]
+    (tmp_path / "segments").write_text("a-1 a 0.5 2\na-2 a 3 -1\nb-1 b 0 1.25\n")
+    found, failed = inputs.find([str(tmp_path)])
+    assert not failed
+    assert [(s.name, s.start_s, s.end_s, s.lang) for s in found] == [
+        ("a-1", 0.5, 2, "de"), ("a-2", 3, None, None), ("b-1", 0, 1.25, None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wav_scp, segments_, said",
+    [
+        ("a sox a.wav -t wav - |\n", None, "recording 'a' is 'sox a.wav -t wav - \\|', not a file"),
+        ("a | cat\n", None, "not a file"),
+        ("a data.ark:123\n", None, "local/prepare_kaldi.py"),
+        ("a a.wav\n", "u b 0 1\n", "no recording of wav.scp"),
+        ("a a.wav\n", "u a 2 1\n", "before it begins"),
+        ("a a.wav\n", "u a 0 x\n", "mend segments"),
+    ],
+)
+def test_a_kaldi_directory_that_is_not_plain_files_is_refused(tmp_path, wav_scp, segments_, said):
+    (tmp_path / "wav.scp").write_text(wav_scp)
+    if segments_:
+        (tmp_path / "segments").write_text(segments_)
+    found, failed = inputs.find([str(tmp_path)])
+    assert not found and re.search(said, str(failed[str(tmp_path)]))
+
+
+def test_manifests_of_cuts_and_of_recordings_are_read_packed_or_not(tmp_path):
+    sources = [{"type": "file", "channels": [0, 1], "source": "x.wav"}]
+    recording = {"id": "r", "sources": sources, "sampling_rate": 8000, "num_samples": 80_000, "duration": 10.0}
+    said = [{"id": "c", "recording_id": "r", "start": 0, "duration": 2, "language": "German"}]
+    cut = {"id": "c", "start": 1.5, "duration": 2.0, "channel": 1, "supervisions": said, "recording": recording}
+    manifests.write(tmp_path / "cuts.jsonl.gz", [cut | {"type": "MonoCut"}])
+    (tmp_path / "recordings.jsonl").write_text(json.dumps(recording) + "\n")
+    found, _ = inputs.find([str(tmp_path / "cuts.jsonl.gz"), str(tmp_path / "recordings.jsonl")])
+    assert found == [
+        inputs.Source("c", Path("x.wav"), 1.5, 3.5, (1,), "de"), inputs.Source("r", Path("x.wav"), 0, 10, (0, 1)),
+    ]  # fmt: skip
+    for text in ("", "{", '{"id": "mixed", "tracks": []}\n', "[]\n"):
+        (tmp_path / "bad.jsonl").write_text(text)
+        (error,) = inputs.find([str(tmp_path / "bad.jsonl")])[1].values()
+        assert "bad.jsonl: " in str(error) and "\n" not in str(error)
+
+
+# Formats
+
+SAID = {
+    "de": "Wir reden --> und <i>reden</i> & reden, bis die Donaudampfschifffahrtsgesellschaft nichts mehr sagt. " * 3,
+    "ja": "これは日本語の文章です。iPhone 12 を使って書きました、とても長いので分けます。" * 4,
+    "th": "หนึ่งสองสามสี่ห้าหกเจ็ดแปดเก้าสิบหนึ่งสองสามสี่ห้าหกเจ็ดแปดเก้าสิบ หนึ่ง สอง สาม " * 3,
+}
+
+
+def transcript(lang: str, *, words: tuple[Word, ...] | None = None) -> Transcript:
+    text = SAID[lang].strip()
+    said = (Segment(3599.5, 3623.25, text, -0.1, (), words), Segment(3623.25, 3624, "", None, ("no_speech",)))
+    return Transcript("a b.wav", 3700.0, 1, lang, 0.9, lang, (), (*said, Segment(3630, 3631.0004, "Ja", -0.2)))
+
+
+def seconds(hours: str, minutes: str, rest: str) -> float:
+    return 3600 * int(hours) + 60 * int(minutes) + float(rest.replace(",", "."))
+
+
+def parse_srt(text: str) -> list[tuple[float, float, list[str]]]:
+    """Strictly: blocks between empty lines, counted from 1."""
+    clock, found = r"(\d\d):(\d\d):(\d\d,\d{3})", []
+    for i, block in enumerate(text.removesuffix("\n\n").split("\n\n"), start=1):
+        number, times, *lines = block.split("\n")
+        match = re.fullmatch(f"{clock} --> {clock}", times)
+        assert int(number) == i and match and lines and not any("-->" in line for line in lines)
+        found.append((seconds(*match.groups()[:3]), seconds(*match.groups()[3:]), lines))
+    return found
+
+
+def parse_vtt(text: str) -> list[tuple[float, float, list[str]]]:
+    """Strictly, by the W3C's syntax: no < or bare & in what is shown."""
+    head, *blocks = text.removesuffix("\n").split("\n\n")
+    clock, found = r"(\d\d+):(\d\d):(\d\d\.\d{3})", []
+    assert head == "WEBVTT"
+    for block in blocks:
+        times, *lines = block.split("\n")
+        match = re.fullmatch(f"{clock} --> {clock}", times)
+        assert match and not any(re.search(r"-->|[<>]|&(?!amp;|lt;|gt;)", line) for line in lines)
+        found.append((seconds(*match.groups()[:3]), seconds(*match.groups()[3:]), [html.unescape(x) for x in lines]))
+    return found
+
+
+@pytest.mark.parametrize("lang", SAID)
+@pytest.mark.parametrize("format, parse", [("srt", parse_srt), ("vtt", parse_vtt)])
+def test_subtitles_say_all_in_short_cues_of_short_lines(lang, format, parse):
+    cues = parse(formats.FORMATS[format](transcript(lang)))
+    shown = "".join("".join(line.split()) for *_, lines in cues for line in lines)
+    said = "".join(SAID[lang].split()) + "Ja"
+    assert shown == (said.replace("-->", "→") if format == "srt" else said)
+    assert cues[0][0] == 3599.5 and cues[-1][:2] == (3630, 3631)
+    assert all(0 < end - start <= 7 for start, end, _ in cues)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(cues))
+    wide = 2 if lang == "ja" else 1
+    marks = re.compile(r"[\u0e31\u0e34-\u0e3a\u0e47-\u0e4e]")
+    widths = [sum(wide if ord(c) > 0x2E80 else 1 for c in marks.sub("", line)) for *_, lines in cues for line in lines]
+    assert max(widths) <= 42 and max(len(lines) for *_, lines in cues) == 2
+    assert not any(marks.match(line) for *_, lines in cues for line in lines)  # no letter has lost its mark
+
+
+def test_cues_and_ctm_follow_the_times_of_words():
+    texts = SAID["de"].split()
+    words = tuple(Word(text, 3600 + i / 2, 3600.4 + i / 2, 0.5) for i, text in enumerate(texts))
+    starts = [start for start, *_ in parse_vtt(formats.vtt(transcript("de", words=words)))]
+    assert all(start * 2 == round(start * 2) for start in starts)
+    rows = formats.ctm(transcript("de", words=words).__class__(**{
+        **vars(transcript("de", words=words)), "segments": transcript("de", words=words).segments[:2],
+    })).splitlines()  # fmt: skip
+    assert len(rows) == len(words) and rows[1] == "a_b.wav 1 3600.500 0.400 reden 0.500"
+    with pytest.raises(UserError, match="the times of words"):
+        formats.ctm(transcript("de"))
+
+
+def test_words_of_a_segment_have_the_times_of_their_audio():
+    piece, said = transcribe.Piece(12.5, 2.0, np.zeros((200, 80))), Hypothesis([1, 2], "ja nein", -0.12345678)
+    words = [Word("ja", 0.1, 0.5, 0.9), Word("nein", 0.5, 1.25, 0.8)]
+    segment = transcribe._decoded(piece, said, words)
+    assert segment.words == (Word("ja", 12.6, 13.0, 0.9), Word("nein", 13.0, 13.75, 0.8)) and segment.flags == ()
+    assert (segment.start_s, segment.end_s, segment.logprob) == (12.5, 14.5, -0.12346)
+    assert transcribe._decoded(piece, said, None).words is None
+    assert transcribe._decoded(piece, said, []).flags == ("unaligned",)
+    assert transcribe._decoded(piece, Hypothesis([2], "", -1.0), []).flags == ("empty",)
+
+
+def test_subtitles_of_timed_thai_have_spaces_where_its_text_has_them_only():
+    text = "ปีนี้ ดี"
+    words = tuple(Word(unit, i, i + 0.5, 1.0) for i, unit in enumerate(split(text)))
+    segment = Segment(0.0, 5.0, text, -0.1, (), words)
+    one = Transcript("a", 5.0, 1, "th", 0.9, "th", (), (segment,))
+    assert [lines for *_, lines in parse_vtt(formats.vtt(one))] == [[text]]
+
+
+def test_an_aligner_counts_only_for_the_checkpoint_that_it_was_trained_on(tmp_path):
+    assert cli._aligner_digest(tmp_path, (7,)) is None
+    files.write_json(tmp_path / "aligner" / "settings.json", {"step": 7})
+    assert cli._aligner_digest(tmp_path, (7,)) and cli._aligner_digest(tmp_path, (8,)) is None
+    assert cli._aligner_digest(tmp_path, (7, 8)) is None
+
+
+def test_json_leaves_words_out_until_they_are_known():
+    tree = json.loads(formats.to_json(transcript("th")))
+    assert tree["segments"][0]["text"] == SAID["th"].strip() and "words" not in tree["segments"][0]
+    timed = json.loads(formats.to_json(transcript("th", words=(Word("a", 1, 2, 0.5),))))
+    assert timed["segments"][0]["words"] == [{"text": "a", "start_s": 1, "end_s": 2, "confidence": 0.5}]
+
+
+# Languages
+
+
+@torch.no_grad()
+def test_languages_are_detected_as_transformers_and_openai_whisper_would(tmp_path):
+    torch.manual_seed(0)
+    hf = WhisperForConditionalGeneration(WhisperConfig(
+        vocab_size=51_865, d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=80,
+    )).eval()  # fmt: skip
+    for parameter in hf.parameters():
+        parameter.copy_(0.3 * torch.randn_like(parameter))
+    hf.save_pretrained(tmp_path)
+    detector = LanguageDetector.load(str(tmp_path))
+    samples = speech(3.2)
+    padded = whisper.log_mel_spectrogram(np.pad(samples, (0, 30 * RATE - len(samples))))
+    theirs = hf(input_features=padded[None], decoder_input_ids=torch.tensor([[50_258]])).logits[0, 0]
+    tokenizer = whisper.tokenizer.get_tokenizer(True)
+    langs = {code: theirs[tokenizer.to_language_token(code)] for code in LANGUAGES}
+    expected = dict(zip(langs, torch.stack([*langs.values()]).softmax(0).tolist(), strict=True))
+    found = detector([log_mel(samples, 80)], list(LANGUAGES))
+    assert found == pytest.approx(expected, abs=0.01) and list(found) == sorted(found, key=lambda x: -found[x])
+    assert max(expected.values()) > 3 * min(expected.values())
+    assert sum(detector([log_mel(samples, 80)] * 2, ["de", "xx", "en"]).values()) == pytest.approx(1)
+
+
+def test_the_whisper_of_the_mini_recipe_has_its_decoder_and_needs_no_padding():
+    folder = Path(__file__).parents[1] / "egs" / "multilingual12" / "pretrained" / "mini" / "whisper"
+    detector = LanguageDetector.load(str(folder))
+    assert set(detector.tokens) == set(LANGUAGES) and not detector.is_padded
+    one, two = log_mel(speech(1.5), 80), log_mel(speech(1, 1), 80)
+    each = [detector([x], list(LANGUAGES)) for x in (one, two)]
+    weighted = {lang: (150 * each[0][lang] + 100 * each[1][lang]) / 250 for lang in LANGUAGES}
+    assert detector([one, two], list(LANGUAGES)) == pytest.approx(weighted, abs=1e-5)
+
+
+# Transcribing
+
+
+class Run(NamedTuple):
+    """A run directory with random weights, whose Whisper detects German, Thai or Chinese at random."""
+
+    directory: Path
+
+    def args(self, *rest) -> list[str]:
+        return ["transcribe", "--model", str(self.directory), *map(str, rest)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("run")
+    paths = tiny.make_pretrained(folder)
+    torch.manual_seed(0)
+    save_whisper(paths.whisper, tiny.make_whisper(), {code: i + 1 for i, code in enumerate(LANGUAGES)})
+    stage = {"setting": "target"}
+    whole = recipes.Config.model_validate({
+        "corpora": {"noise": {"prepare": "mls", "langs": ["de"]}},
+        "data": {"lists": {"settings": {"target": {"train": {"noise_de_train": None}}}}},
+        "model": tiny.settings(paths).model_dump(),
+        "training": {"stage1": stage, "stage2": stage},
+        "decoding": {"max_tokens_per_s": 2, "min_max_tokens": 3, "max_tokens_per_batch": 400},
+        "transcription": {"max_segment_s": 5},
+    })  # fmt: skip
+    config.save(folder / "config.yaml", whole)
+    checkpoint.save_trainable(checkpoint.build(whole.model, stage=1), folder / "init")
+    model, step = checkpoint.build(whole.model, stage=2), folder / "checkpoints" / "step-7"
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    checkpoint.save_trainable(model, step)
+    files.write_json(step / "state.json", {})
+    return Run(folder)
+
+
+@pytest.fixture
+def audio(tmp_path) -> Path:
+    """Recordings of 2, 3.5 and 13 s, in a folder of their own."""
+    folder = tmp_path / "audio"
+    folder.mkdir()
+    soundfile.write(folder / "a.flac", speech(2), RATE)
+    soundfile.write(folder / "b.wav", np.stack([resample_poly(speech(3.5, 1), 3, 1)] * 2, axis=1), 48_000)
+    pause = np.zeros(RATE, np.float32)
+    soundfile.write(folder / "c.ogg", np.concatenate([x for i in range(4) for x in (speech(2.25, i), pause)]), RATE)
+    return folder
+
+
+def test_a_short_file_has_the_text_that_decoding_gives(run, audio, capsys):
+    assert main(run.args("--language", "de", "--format", "json", audio / "a.flac")) == 0
+    found = json.loads(capsys.readouterr().out)
+    whole = recipes.load_run(run.directory)
+    model = checkpoint.load_run(run.directory).merged("de")
+    transcriber = Transcriber(model, "de", whole.decoding)
+    samples = soundfile.read(audio / "a.flac", dtype="float32")[0]
+    (said,) = transcriber(transcriber.encode([log_mel(samples, 80)], 30)[0], [4])
+    (segment,) = found["segments"]
+    assert said.text and segment["text"] == said.text and segment["logprob"] == pytest.approx(said.logprob, abs=1e-4)
+    assert (segment["start_s"], segment["end_s"], found["duration_s"]) == (0, 2, 2)
+    assert found["language"] == "de" and set(found) == set(Transcript.__dataclass_fields__)
+
+
+def test_a_folder_is_written_in_every_format_and_processes_change_nothing(run, audio, tmp_path, capsys):
+    assert main(run.args("--format", "txt", "json", "srt", "vtt", "--out", tmp_path / "one", audio)) == 0
+    said = capsys.readouterr().err
+    assert "b.wav: 3.5 s" in said and "the mean of 2 channels" in said and "(probability 0." in said
+    assert main(run.args("--nj", 2, "--format", "json", "txt", "--out", tmp_path / "two", audio)) == 0
+    assert {p.name for p in (tmp_path / "one").glob("[!.]*")} == {
+        f"{name}.{suffix}" for name in "abc" for suffix in ("txt", "json", "srt", "vtt")
+    }
+    for name in "abc":
+        one, two = (files.read_json(tmp_path / folder / f"{name}.json") for folder in ("one", "two"))
+        logprobs = [[segment.pop("logprob") for segment in found["segments"]] for found in (one, two)]
+        assert one == two and np.allclose(*logprobs, atol=1e-4)
+        parse_srt((tmp_path / "one" / f"{name}.srt").read_text())
+    times = [(s["start_s"], s["end_s"]) for s in one["segments"]]
+    assert len(times) > 1 and all(end - start <= 5 for start, end in times)
+
+
+def test_text_is_printed_in_one_line_for_each_input(run, audio, capsys):
+    assert main(run.args("--format", "txt", audio / "a.flac", audio / "b.wav")) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == [str(audio / "a.flac"), str(audio / "b.wav")] and all(row[1] for row in rows)
+
+
+def test_bad_inputs_cost_themselves_only(run, audio, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no ffmpeg
+    paths = {kind: write_bad(tmp_path, kind) for kind in BAD}
+    assert main(run.args("--out", tmp_path / "out", *paths.values(), audio / "a.flac")) == 1
+    said = capsys.readouterr().err.splitlines()
+    for kind, mistake in BAD.items():
+        (line,) = (line for line in said if line.startswith(f"no transcript: {paths[kind]}: "))
+        assert mistake in line
+    last = said[-1]
+    assert "7 of 8 inputs have no transcript" in last and all(str(path) in last for path in paths.values())
+    assert (tmp_path / "out" / "a.txt").is_file() and not (tmp_path / "out" / "broken.txt").exists()
+
+
+def test_what_holds_no_speech_has_an_empty_transcript(run, tmp_path, capsys):
+    noise = np.random.default_rng(0).normal(0, 0.1, 60 * RATE)
+    for name, samples in {
+        "tick": speech(0.01),
+        "still": np.zeros(9 * RATE),
+        "noise": noise,
+        "hiss": noise[: 2 * RATE],
+    }.items():
+        soundfile.write(tmp_path / f"{name}.wav", samples, RATE)
+    assert main(run.args("--format", "json", *sorted(tmp_path.glob("*.wav")))) == 0
+    out, err = capsys.readouterr()
+    for found in map(json.loads, out.splitlines()):
+        assert found["flags"] == ["no_speech"] and found["language"] is None
+        assert all(segment["flags"] == ["no_speech"] and not segment["text"] for segment in found["segments"])
+    assert len(out.splitlines()) == 4 and err.count("no speech") == 4
+
+
+class Detector:
+    """Says German, and how sure it is."""
+
+    tokens = {"de": 1, "th": 2}
+
+    def __init__(self, probability):
+        self.probability = probability
+
+    def __call__(self, features, langs):
+        self.heard_s = sum(map(len, features)) / 100
+        return {"de": self.probability, "th": 1 - self.probability}
+
+
+@pytest.mark.parametrize("probability, is_doubted", [(0.9, True), (0.7, False)])
+def test_a_given_language_is_obeyed_and_doubted(run, audio, capsys, monkeypatch, probability, is_doubted):
+    detector = Detector(probability)
+    monkeypatch.setattr(transcribe, "_detector", lambda *args, **kwargs: detector)
+    assert main(run.args("--language", "th", "--format", "json", audio / "c.ogg")) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert (found["language"], found["detected_language"]) == ("th", "de") and 9 <= detector.heard_s <= 13
+    assert ("language_doubt" in found["flags"]) == is_doubted == ("Whisper is sure that it is 'de'" in err)
+    assert found["language_probability"] == pytest.approx(1 - probability)
+    assert main(run.args("--format", "json", audio / "c.ogg")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["language"], found["flags"]) == ("de", [])
+
+
+def test_without_a_detector_the_language_has_to_be_named(run, audio, capsys, monkeypatch):
+    def load(name, device):
+        raise UserError(f"{name}: lacks 9 tensors")
+
+    monkeypatch.setattr(LanguageDetector, "load", load)
+    assert main(run.args(audio / "a.flac")) == 1
+    assert re.search(
+        "no language can be detected: .*lacks 9 tensors; name it, as in --language de", capsys.readouterr().err
+    )
+    assert main(run.args("--language", "de", "--format", "json", audio / "a.flac")) == 0
+    assert json.loads(capsys.readouterr().out)["language_probability"] is None
+
+
+def test_what_is_done_is_skipped_until_audio_or_settings_change(run, audio, tmp_path, capsys, monkeypatch):
+    args = run.args("--language", "de", "--out", tmp_path / "out", audio)
+    done = []
+    real = transcribe.transcribe
+
+    def stopped(sources, *rest, **more):
+        for source, found in real(sources, *rest, **more):
+            if len(done) == 1:
+                raise KeyboardInterrupt
+            done.append(source.name)
+            yield source, found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transcribe, "transcribe", stopped)
+        assert main(args) == 130 and done == [str(audio / "a.flac")]
+    first = (tmp_path / "out" / "a.txt").stat().st_mtime_ns
+    assert main(args) == 0 and "a.flac: complete" in capsys.readouterr().err
+    assert (tmp_path / "out" / "a.txt").stat().st_mtime_ns == first
+    with monkeypatch.context() as patch:
+        patch.setattr(transcribe, "transcribe", lambda *args, **kwargs: pytest.fail("all is done"))
+        assert main(args) == 0 and capsys.readouterr().err.count("complete") == 3
+    soundfile.write(audio / "b.wav", speech(1), RATE)
+    assert main(args) == 0 and capsys.readouterr().err.count("complete") == 2
+    assert main([*args, "decoding.min_max_tokens=2"]) == 0 and "complete" not in capsys.readouterr().err
+    assert main([*args, "--format", "txt", "srt"]) == 0 and "complete" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--format", "sbv", "x.wav"], "--format: 'sbv' is unknown; known: txt, json"),
+        (["--format", "ctm", "--out", "out", "x.wav"], "has no aligner of these weights; run zipperasr train-aligner"),
+        (["--language", "xx", "x.wav"], "unknown language 'xx'"),
+        (["--format", "txt", "srt", "a.wav"], "one format can be printed"),
+        (["--format", "srt", "a.wav", "b.wav"], "name a directory with --out"),
+        (["--out", "out", "x/a.wav", "y/a.flac"], "would be written over 'x/a.wav'"),
+        (["--out", "/dev/null", "a.wav"], "a file, not a directory"),
+        (["decoding.beam=0", "a.wav"], "decoding.beam"),
+        ([], "nothing to transcribe"),
+        (["--step", "3", "a.wav"], "no checkpoint at step 3"),
+        (["a.wav"], "no such file"),
+    ],
+)
+def test_mistakes_are_one_line(run, capsys, args, said):
+    assert main(run.args(*args)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("zipperasr: error: ") and said in error
+
+
+def test_a_directory_that_is_no_run_is_named(tmp_path, capsys):
+    assert main(["transcribe", "--model", str(tmp_path), "a.wav"]) == 1
+    assert f"{tmp_path}: no run" in capsys.readouterr().err
+
+
+def test_a_long_file_is_never_whole_in_memory(run):
+    """Pieces come while the file is read: after the first, little more than a minute has been."""
+    num_read = 0
+
+    def blocks():
+        nonlocal num_read
+        for i in range(120):
+            num_read += 1
+            yield np.concatenate([speech(29, i), np.zeros(RATE, np.float32)])
+
+    pieces = segments.cut(blocks(), max_s=25, **PAUSES)
+    with contextlib.closing(pieces):
+        next(pieces)
+        assert num_read <= 3
