@@ -40,9 +40,7 @@ def run(args: argparse.Namespace) -> None:
 
     sets = [name for name in args.sets if "=" not in name]
     overrides = [text for text in args.sets if "=" in text] + args.overrides  # those behind --sets too
-    if other := [text for text in overrides if not text.startswith(OVERRIDABLE)]:
-        raise UserError(f"override '{other[0]}': a trained run takes only {OVERRIDABLE[0]}<key> and {OVERRIDABLE[1]}")
-    whole = recipe.load_run(args.run_dir, overrides=overrides)
+    whole = recipe.load_run(args.run_dir, overrides=overrides, allowed=OVERRIDABLE)
     setting = args.setting or getattr(whole.training, f"stage{whole.stage}").setting
     settings = RunSettings(stage=whole.stage, model=whole.model)
     as_langs = _languages(args.run_dir, whole.model.adapter) if args.as_langs == ["all"] else args.as_langs

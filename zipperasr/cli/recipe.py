@@ -1,7 +1,7 @@
 """The whole configuration of a recipe: every package's section, and the checks that need more than one section."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -55,8 +55,14 @@ def load(path: Path | str, *, overrides: Iterable[str] = ()) -> Config:
     return whole
 
 
-def load_run(run_dir: Path, *, overrides: Iterable[str] = ()) -> Config:
-    """The checked configuration that a run was trained with. Raises UserError where there is none, and as `load`."""
+def load_run(run_dir: Path, *, overrides: Sequence[str] = (), allowed: tuple[str, ...] = ()) -> Config:
+    """The checked configuration that a run was trained with; `allowed` is how an override may begin.
+
+    Raises UserError where there is none, for another override, and as `load`.
+    """
+    if other := [text for text in overrides if not text.startswith(allowed)]:
+        keys = " and ".join(f"{start}<key>" if start.endswith(".") else start for start in allowed)
+        raise UserError(f"override '{other[0]}': a trained run takes only {keys}")
     if not (run_dir / "config.yaml").is_file():
         raise UserError(
             f"{run_dir}: no run (it has no config.yaml); give what stage 4 or 6 has made, as exp/mini/<run>"

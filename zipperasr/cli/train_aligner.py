@@ -9,7 +9,6 @@ from pathlib import Path
 from zipperasr import files
 from zipperasr.cli import recipe
 from zipperasr.data import lists
-from zipperasr.errors import UserError
 from zipperasr.training import runs
 
 OVERRIDABLE = ("training.aligner.", "data.features.storage")
@@ -33,9 +32,7 @@ def run(args: argparse.Namespace) -> None:
 
     settings = [name for name in args.setting or () if "=" not in name]
     overrides = [text for text in args.setting or () if "=" in text] + args.overrides  # those behind --setting too
-    if other := [text for text in overrides if not text.startswith(OVERRIDABLE)]:
-        raise UserError(f"override '{other[0]}': a trained run takes only {OVERRIDABLE[0]}<key> and {OVERRIDABLE[1]}")
-    whole = recipe.load_run(args.run_dir, overrides=overrides)
+    whole = recipe.load_run(args.run_dir, overrides=overrides, allowed=OVERRIDABLE)
     weights = runs.final_weights(args.run_dir)
     settings = settings or [getattr(whole.training, f"stage{whole.stage}").setting]
     listed = [path for name in settings for path in lists.find(args.data_dir, name, "train").values()]

@@ -110,7 +110,7 @@ def _job(args: argparse.Namespace, formats: Sequence[str], overrides: Sequence[s
     from zipperasr.decoding.job import TranscriptionJob
     from zipperasr.model import RunSettings, choose_steps
 
-    whole = recipe.load_run(args.model, overrides=overrides)
+    whole = recipe.load_run(args.model, overrides=overrides, allowed=OVERRIDABLE)
     run_settings = RunSettings(stage=whole.stage, model=whole.model)
     steps, langs = choose_steps(args.model, args.step, average=args.average), _trained_languages(whole)
     lang = None if args.language == AUTO else args.language
