@@ -17,8 +17,7 @@ SETTINGS = DecodingSettings()
 
 
 def has_speech(samples):
-    levels = {"min_level_db": SETTINGS.min_level_db, "min_modulation_db": SETTINGS.min_modulation_db}
-    return guards.has_speech(log_mel(np.asarray(samples, np.float32), 80), **levels)
+    return guards.has_speech(log_mel(np.asarray(samples, np.float32), 80), SETTINGS)
 
 
 @pytest.mark.parametrize("duration_s", [0.7, 2, 9, 29])

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.generation import LogitsProcessor
 
 from zipperasr import languages
+from zipperasr.decoding import DecodingSettings
 from zipperasr.languages import Language
 from zipperasr.prompts import Tokenizer
 
@@ -19,7 +20,7 @@ MIN_STEADY_FRAMES = 50  # 0.5 s: in less, speech may be as steady as noise
 LEVEL_FRAMES = 10
 
 
-def has_speech(features: Tensor, *, min_level_db: float, min_modulation_db: float) -> bool:
+def has_speech(features: Tensor, settings: DecodingSettings) -> bool:
     """Whether log-mel features [F, bins] may hold speech: they are not too quiet, and their level changes in time.
 
     The loudest power of a mel band must reach `min_level_db`; a sine of full scale has 24, the rounding to 16 bits -84.
@@ -28,13 +29,13 @@ def has_speech(features: Tensor, *, min_level_db: float, min_modulation_db: floa
     speech 1.6 and more in each of 214 clips, and 1 in 98 of 100 of them behind white or pink noise as loud as itself.
     """
     power_db = 10 * (4 * features.float() - 4)
-    if power_db.max() < min_level_db:
+    if power_db.max() < settings.min_level_db:
         return False
     if len(features) < MIN_STEADY_FRAMES:
         return True
     level_db = F.avg_pool1d(power_db.mean(1)[None], LEVEL_FRAMES, stride=1)[0]
     low, high = level_db.quantile(torch.tensor([0.05, 0.95]))
-    return bool(high - low >= min_modulation_db)
+    return bool(high - low >= settings.min_modulation_db)
 
 
 def loop_start(ids: Sequence[int], repeats: int) -> int | None:

@@ -115,8 +115,6 @@ class _Reader:
     def __init__(self, job: TranscriptionJob, detector: LanguageDetector | None, max_s: float, num_bins: int) -> None:
         self.job, self.detector, self.num_bins = job, detector, num_bins
         self.max_s = min(job.transcription.max_segment_s, max_s)
-        decoding = job.decoding
-        self.levels = {"min_level_db": decoding.min_level_db, "min_modulation_db": decoding.min_modulation_db}
 
     def read(self, waiting: Sequence[_File]) -> Iterator[tuple[_File, Piece]]:
         """The pieces with speech of all files in order, when the language of their file is known."""
@@ -140,7 +138,7 @@ class _Reader:
         pieces = cut(blocks, max_s=self.max_s, min_pause_s=settings.min_pause_s, margin_s=settings.margin_s)
         for piece in pieces:
             features, duration_s = log_mel(piece.samples, self.num_bins), len(piece.samples) / SAMPLE_RATE
-            if has_speech(features, **self.levels):
+            if has_speech(features, self.job.decoding):
                 yield Piece(piece.start_s, duration_s, features.numpy())
             else:
                 file.segments.append(_segment(piece.start_s, duration_s, "", flags=("no_speech",)))

@@ -129,7 +129,7 @@ def _transcribe(
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """A record of each utterance, and the seconds of each part of the work."""
     longest_s = segment_s(transcriber.model, job.run.model.encoder)
-    heard = {u.id: x for u, x in batch if x is not None and _has_speech(x, job.decoding)}
+    heard = {u.id: x for u, x in batch if x is not None and has_speech(x, job.decoding)}
     transcriber.seconds, hypotheses, means = Seconds(), {}, {}
     if heard:
         speech, frames = transcriber.encode(list(heard.values()), longest_s)
@@ -142,11 +142,6 @@ def _transcribe(
         if record["id"] in means:
             record["encoding"] = [round(value, 4) for value in means[record["id"]].tolist()]
     return records, asdict(transcriber.seconds)
-
-
-def _has_speech(features: Tensor, settings: DecodingSettings) -> bool:
-    levels = {"min_level_db": settings.min_level_db, "min_modulation_db": settings.min_modulation_db}
-    return has_speech(features, **levels)
 
 
 def _record(utterance: Utterance, is_read: bool, found: Hypothesis | None, *, is_split: bool) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 import zipperasr
+from zipperasr import config
 from zipperasr.reporting import tables, worst
 from zipperasr.reporting.results import ENCODERS, Results, Run, by_language
 from zipperasr.reporting.tables import Table
@@ -144,7 +145,8 @@ def _figure(path: Path, caption: str) -> dict[str, Any]:
 
 def _settings(configs: dict[str, str]) -> Table:
     """What differs between the runs' configurations {run: YAML}: a row a run, a column a setting."""
-    flat = {run: dict(_flat(yaml.safe_load(text))) for run, text in configs.items()}
+    flat = {run: config.flat(yaml.safe_load(text) or {}) for run, text in configs.items()}
+    flat = {run: {name: _said(value) for name, value in settings.items()} for run, settings in flat.items()}
     names = list(dict.fromkeys(itertools.chain.from_iterable(flat.values())))
     names = [name for name in names if len({one.get(name) for one in flat.values()}) > 1]
     header = [("", "Run"), *((name.rpartition(".")[0], name.rpartition(".")[2]) for name in names)]
@@ -152,13 +154,9 @@ def _settings(configs: dict[str, str]) -> Table:
     return Table("settings", "Settings that differ between runs", header, rows, num_text=len(header))
 
 
-def _flat(tree: Any, parents: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
-    """Settings as (dotted name, text)."""
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, (*parents, str(key)))
-        else:
-            yield ".".join((*parents, str(key))), value if isinstance(value, str) else json.dumps(value, default=str)
+def _said(value: Any) -> str:
+    """A setting as text."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _commands(exp_dir: Path) -> Table:

@@ -13,7 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from zipperasr.data import audio, manifests
+from zipperasr.data import audio, manifests, stream
 from zipperasr.errors import UserError
 from zipperasr.languages import Language
 from zipperasr.reporting.results import Run
@@ -101,16 +101,14 @@ def _clip(cut: dict | str) -> bytes | str:
 
 
 def _mp3(span: audio.Span) -> bytes:
+    import numpy as np
     import soundfile
-    from scipy.signal import resample_poly
 
-    with soundfile.SoundFile(span.path) as file:
-        rate, duration_s = file.samplerate, min(span.duration_s, MAX_CLIP_S)
-        file.seek(round(span.start_s * rate))
-        samples = file.read(round(duration_s * rate), "float32", always_2d=True)  # [T, C]
-    if not len(samples):
+    path, end_s = Path(span.path), span.start_s + min(span.duration_s, MAX_CLIP_S)
+    channels = [span.channels.index(c) for c in span.picked]
+    read = stream.read(path, stream.describe(path), start_s=span.start_s, end_s=end_s, channels=channels)
+    if not (blocks := list(read)):
         raise ValueError(f"{span.path} ends before {span.start_s} s")
-    mono = samples[:, [span.channels.index(c) for c in span.picked]].mean(axis=1)
-    stream = io.BytesIO()
-    soundfile.write(stream, resample_poly(mono, audio.SAMPLE_RATE, rate), audio.SAMPLE_RATE, **MP3)
-    return stream.getvalue()
+    made = io.BytesIO()
+    soundfile.write(made, np.concatenate(blocks), audio.SAMPLE_RATE, **MP3)
+    return made.getvalue()

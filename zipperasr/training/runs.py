@@ -31,7 +31,7 @@ def begin(run_dir: Path, *, settings: Settings, inputs: dict[str, str], bound: t
     """
     if (run_dir / "config.yaml").is_file():
         saved = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-        _check_same(run_dir, _flat(saved), _flat(settings.model_dump(mode="json")), bound)
+        _check_same(run_dir, config.flat(saved), config.flat(settings.model_dump(mode="json")), bound)
         _check_inputs(run_dir, files.read_json(run_dir / "inputs.json"), inputs)
     files.write_json(run_dir / "inputs.json", inputs)
     config.save(run_dir / "config.yaml", settings)
@@ -104,11 +104,3 @@ def _check_inputs(run_dir: Path, saved: dict[str, str], asked: dict[str, str]) -
             f"{run_dir}: what it was trained from has changed since ({', '.join(differing)}); "
             "choose another --exp-dir or delete it"
         )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
