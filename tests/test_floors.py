@@ -16,6 +16,7 @@ FLOORS = {
     "cli": 5,
     "reporting": 4,
     "bench": 4,
+    "serving": 4,
     "training": 3,
     "decoding": 3,
     "model": 2,

@@ -370,10 +370,10 @@ def test_subtitles_of_timed_thai_have_spaces_where_its_text_has_them_only():
 
 
 def test_an_aligner_counts_only_for_the_checkpoint_that_it_was_trained_on(tmp_path):
-    assert cli._aligner_digest(tmp_path, (7,)) is None
+    assert recipes._aligner_digest(tmp_path, (7,)) is None
     files.write_json(tmp_path / "aligner" / "settings.json", {"step": 7})
-    assert cli._aligner_digest(tmp_path, (7,)) and cli._aligner_digest(tmp_path, (8,)) is None
-    assert cli._aligner_digest(tmp_path, (7, 8)) is None
+    assert recipes._aligner_digest(tmp_path, (7,)) and cli._aligner_digest(tmp_path, (8,)) is None
+    assert recipes._aligner_digest(tmp_path, (7, 8)) is None
 
 
 def test_json_leaves_words_out_until_they_are_known():

@@ -3,11 +3,11 @@
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import PositiveFloat
 
-from zipperasr import config, languages
+from zipperasr import config, files, languages
 from zipperasr.config import Settings
 from zipperasr.data import DataSettings
 from zipperasr.decoding import DecodingSettings, TranscriptionSettings
@@ -15,7 +15,11 @@ from zipperasr.errors import UserError
 from zipperasr.model import ModelSettings
 from zipperasr.reporting import ReportSettings
 from zipperasr.scoring import ScoringSettings
+from zipperasr.serving import ServingSettings
 from zipperasr.training import TrainingSettings
+
+if TYPE_CHECKING:
+    from zipperasr.decoding.job import TranscriptionJob
 
 
 class CorpusSettings(Settings):
@@ -41,6 +45,7 @@ class Config(Settings):
     training: TrainingSettings
     decoding: DecodingSettings = DecodingSettings()
     transcription: TranscriptionSettings = TranscriptionSettings()
+    serving: ServingSettings = ServingSettings()
     scoring: ScoringSettings = ScoringSettings()
     report: ReportSettings = ReportSettings()
 
@@ -68,6 +73,41 @@ def load_run(run_dir: Path, *, overrides: Sequence[str] = (), allowed: tuple[str
             f"{run_dir}: no run (it has no config.yaml); give what stage 4 or 6 has made, as exp/mini/<run>"
         )
     return load(run_dir / "config.yaml", overrides=overrides)
+
+
+def transcription_job(
+    run_dir: Path, whole: Config, *, step: int | str | None, average: int, lang: str | None = None
+) -> "TranscriptionJob":
+    """How a run of these settings transcribes audio, all in `lang` if that is given.
+
+    Raises UserError where there is no such checkpoint.
+    """
+    from zipperasr.decoding.decode import model_digest
+    from zipperasr.decoding.job import TranscriptionJob
+    from zipperasr.model import RunSettings, choose_steps
+
+    run_settings = RunSettings(stage=whole.stage, model=whole.model)
+    steps = choose_steps(run_dir, step, average=average)
+    digests = model_digest(run_dir, run_settings, steps), _aligner_digest(run_dir, steps)
+    settings = run_settings, whole.decoding, whole.transcription
+    return TranscriptionJob(run_dir, steps, *settings, _trained_languages(whole), lang, *digests)
+
+
+def _aligner_digest(run_dir: Path, steps: Sequence[int]) -> str | None:
+    """Stands for the run's aligner, if it has one that was trained on this checkpoint alone."""
+    from zipperasr.model import ALIGNER, ALIGNER_SETTINGS
+
+    settings = run_dir / ALIGNER / ALIGNER_SETTINGS
+    if not settings.is_file() or list(steps) != [files.read_json(settings)["step"]]:
+        return None
+    return files.fingerprint([files.sha256(path) for path in sorted(settings.parent.iterdir())])
+
+
+def _trained_languages(whole: Config) -> tuple[str, ...]:
+    if whole.stage == 2 and whole.model.adapter:
+        return tuple(whole.model.adapter.langs)
+    sets = whole.data.lists.settings[getattr(whole.training, f"stage{whole.stage}").setting].train
+    return tuple(dict.fromkeys(name.split("_")[1] for name in sets))
 
 
 def share(text: str) -> tuple[int, int]:

@@ -106,38 +106,14 @@ def _check_outputs(out: Path | None, formats: Sequence[str], sources: Sequence["
 
 
 def _job(args: argparse.Namespace, formats: Sequence[str], overrides: Sequence[str]) -> "TranscriptionJob":
-    from zipperasr.decoding.decode import model_digest
-    from zipperasr.decoding.job import TranscriptionJob
-    from zipperasr.model import RunSettings, choose_steps
-
     whole = recipe.load_run(args.model, overrides=overrides, allowed=OVERRIDABLE)
-    run_settings = RunSettings(stage=whole.stage, model=whole.model)
-    steps, langs = choose_steps(args.model, args.step, average=args.average), _trained_languages(whole)
     lang = None if args.language == AUTO else args.language
-    if lang and lang not in langs:
-        _say(f"{args.model}: has not been trained on '{lang}', only on {', '.join(langs)}")
-    digest, aligner = model_digest(args.model, run_settings, steps), _aligner_digest(args.model, steps)
-    if aligner is None and "ctm" in formats:
+    job = recipe.transcription_job(args.model, whole, step=args.step, average=args.average, lang=lang)
+    if lang and lang not in job.langs:
+        _say(f"{args.model}: has not been trained on '{lang}', only on {', '.join(job.langs)}")
+    if job.aligner is None and "ctm" in formats:
         raise UserError(f"--format ctm: {args.model} has no aligner of these weights; run zipperasr train-aligner")
-    settings = (run_settings, whole.decoding, whole.transcription)
-    return TranscriptionJob(args.model, steps, *settings, langs, lang, digest, aligner)
-
-
-def _aligner_digest(run_dir: Path, steps: Sequence[int]) -> str | None:
-    """Stands for the run's aligner, if it has one that was trained on this checkpoint alone."""
-    from zipperasr.model import ALIGNER, ALIGNER_SETTINGS
-
-    settings = run_dir / ALIGNER / ALIGNER_SETTINGS
-    if not settings.is_file() or list(steps) != [files.read_json(settings)["step"]]:
-        return None
-    return files.fingerprint([files.sha256(path) for path in sorted(settings.parent.iterdir())])
-
-
-def _trained_languages(whole: recipe.Config) -> tuple[str, ...]:
-    if whole.stage == 2 and whole.model.adapter:
-        return tuple(whole.model.adapter.langs)
-    sets = whole.data.lists.settings[getattr(whole.training, f"stage{whole.stage}").setting].train
-    return tuple(dict.fromkeys(name.split("_")[1] for name in sets))
+    return job
 
 
 def _todo(
