@@ -81,18 +81,18 @@ def test_a_word_of_unknown_characters_has_no_duration_and_no_confidence():
     words = aligner().words(frames_of("-aa- -bb-"), "de", "xyz a ... b")
     assert times(words) == [("xyz", 0.0, 0.0), ("a", 0.02, 0.09), ("...", 0.09, 0.09), ("b", 0.09, 0.16)]
     assert [w.confidence for w in words] == [0.0, 0.9, 0.0, 0.9]
-    (heard,) = aligner()([frames_of("-a")], "de", ["xyz"])  # a text that cannot be judged at all
+    (heard,) = aligner()([frames_of("-a")], ["de"], ["xyz"])  # a text that cannot be judged at all
     assert (heard.words, heard.disagreement) == ([], None)
 
 
 def test_disagreement_is_the_edit_distance_to_what_the_head_hears_by_the_longer_text():
     one, other, long = aligner()(
-        [frames_of("-a-b c-"), frames_of("-a-b c-"), frames_of("ab")], "de", ["A bc.", "a", "abcabc"]
+        [frames_of("-a-b c-"), frames_of("-a-b c-"), frames_of("ab")], ["de"] * 3, ["A bc.", "a", "abcabc"]
     )
     assert (one.ctc_text, one.disagreement) == ("ab c", 0.0)  # spaces, case and punctuation do not count
     assert other.disagreement == pytest.approx(2 / 3)
     assert long.words == [] and long.disagreement == pytest.approx(4 / 6)  # too long for two frames
-    assert aligner()([], "de", []) == []
+    assert aligner()([], [], []) == []
 
 
 def test_a_head_is_read_as_it_was_written(tmp_path):

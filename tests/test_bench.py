@@ -382,7 +382,7 @@ def transcribed(names, max_tokens_per_batch):
 def ids_said(case, monkeypatch):
     """The tokens of each utterance, longest first."""
     said, read = [], case.transcriber._read
-    monkeypatch.setattr(case.transcriber, "_read", lambda ids, logprob: said.append(ids) or read(ids, logprob))
+    monkeypatch.setattr(case.transcriber, "_read", lambda ids, *rest: said.append(ids) or read(ids, *rest))
     case.step()
     return said
 

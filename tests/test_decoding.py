@@ -34,6 +34,7 @@ from zipperasr.model.speech_llm import SpeechLLM
 DURATIONS_S = {"de": [0.9, 0.3, 1.7, 2.6, 0.5], "zh": [0.4, 1.1]}
 WINDOW_S = 2.0
 CAPS = [9, 3, 14, 6]
+DE = ["de"] * 4
 FRAMES = [90, 31, 170, 55]
 
 
@@ -101,7 +102,7 @@ def text_of(model, ids):
 @torch.inference_mode()
 def test_a_greedy_hypothesis_is_the_argmax_of_plain_forward_passes(model):
     speech = speech_of(model)
-    found = Transcriber(model, "de", DecodingSettings())(speech, CAPS)
+    found = Transcriber(model, DecodingSettings())(speech, DE, CAPS)
     for hypothesis, x, cap in zip(found, speech, CAPS, strict=True):
         ids, logprob = naive_greedy(model, x, cap)
         assert (hypothesis.text, hypothesis.ids) == (text_of(model, ids), ids)
@@ -114,13 +115,40 @@ def test_a_greedy_hypothesis_is_the_argmax_of_plain_forward_passes(model):
 @pytest.mark.parametrize("beam", [1, 4])
 def test_a_hypothesis_does_not_depend_on_its_neighbours(model, beam):
     speech, settings = speech_of(model), DecodingSettings(beam=beam, length_penalty=0.7)
-    transcriber = Transcriber(model, "de", settings)
-    together = transcriber(speech, CAPS)
+    transcriber = Transcriber(model, settings)
+    together = transcriber(speech, DE, CAPS)
     for order in ([3, 1, 0, 2], [2, 0], *([i] for i in range(4))):
-        alone = transcriber([speech[i] for i in order], [CAPS[i] for i in order])
+        alone = transcriber([speech[i] for i in order], DE[: len(order)], [CAPS[i] for i in order])
         for i, hypothesis in zip(order, alone, strict=True):
             assert (hypothesis.text, hypothesis.ids) == (together[i].text, together[i].ids)
             assert hypothesis.logprob == pytest.approx(together[i].logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("beam", [1, 3])
+def test_languages_in_one_batch_say_what_each_says_alone_with_its_merged_model(paths, beam, static):
+    """Guards included: what is foreign to one language is another's own script."""
+    torch.manual_seed(3)
+    langs, caps = ["th", "de", "zh", "de"], [9, 12, 14, 6]
+    built = randomised(checkpoint.build(tiny.settings(paths, langs=("de", "th", "zh")), stage=2))
+    sharpened(built.llm)
+    together = Transcriber(built.merged(), DecodingSettings(beam=beam, static_cache=static, max_foreign_share=0.2))
+    generator = torch.Generator().manual_seed(2)
+    features = [torch.randn(n, 80, generator=generator) for n in FRAMES]
+    assert len({len(together.prompt(lang).embeddings) for lang in langs}) == 3  # or no prompt would be padded
+    speech, frames = together.encode(features, langs, 30)
+    found = together(speech, langs, caps)
+    texts = []
+    for i, lang in enumerate(langs):
+        alone = Transcriber(built.merged(lang), DecodingSettings(beam=beam, max_foreign_share=0.2))
+        own_speech, (own_frames,) = alone.encode(features[i : i + 1], [lang], 30)
+        (expected,) = alone(own_speech, [lang], caps[i : i + 1])
+        torch.testing.assert_close(frames[i], own_frames, atol=1e-4, rtol=1e-4)
+        assert (found[i].ids, found[i].flags, found[i].text) == (expected.ids, expected.flags, expected.text)
+        assert found[i].logprob == pytest.approx(expected.logprob, abs=1e-4)
+        texts.append([h.text for h in alone(own_speech, ["de" if lang != "de" else "th"], caps[i : i + 1])])
+    assert any("script" in one.flags for one in found)
+    assert all(one.text != other for one, (other,) in zip(found, texts, strict=True))  # the prompt matters
 
 
 class Letters:
@@ -140,7 +168,7 @@ def test_a_wide_beam_finds_the_most_probable_text(model):
     torch.manual_seed(3)
     small = SpeechLLM(model.encoder, model.projector, sharpened(tiny.make_lm(8, 0)), Letters(), {})
     caps = [3, 2, 3, 3]
-    found = Transcriber(small, "de", DecodingSettings(beam=64, length_penalty=0))(speech_of(small), caps)
+    found = Transcriber(small, DecodingSettings(beam=64, length_penalty=0))(speech_of(small), DE, caps)
     for hypothesis, x, cap in zip(found, speech_of(small), caps, strict=True):
         best = (-torch.inf, None)
         for length in range(1, cap + 1):
@@ -175,9 +203,9 @@ def has_loop(text, repeats):
 @pytest.mark.parametrize("beam", [1, 3])
 def test_a_loop_is_searched_for_again_or_cut_and_other_text_stays(small, beam):
     speech, caps, loose = speech_of(small), [60, 50, 60, 40], {"beam": beam, "max_foreign_share": 1}
-    before = Transcriber(small, "de", DecodingSettings(loop_repeats=1000, **loose))(speech, caps)
-    transcriber = Transcriber(small, "de", DecodingSettings(loop_repeats=4, **loose))
-    after = transcriber(speech, caps)
+    before = Transcriber(small, DecodingSettings(loop_repeats=1000, **loose))(speech, DE, caps)
+    transcriber = Transcriber(small, DecodingSettings(loop_repeats=4, **loose))
+    after = transcriber(speech, DE, caps)
     for first, found in zip(before, after, strict=True):
         assert ("loop" in found.flags) == has_loop(first.text, 4)
         if "loop" in found.flags:
@@ -187,14 +215,14 @@ def test_a_loop_is_searched_for_again_or_cut_and_other_text_stays(small, beam):
             assert found == first
     assert any("loop" in found.flags for found in after)
     for i, found in enumerate(after):
-        (alone,) = transcriber([speech[i]], [caps[i]])
+        (alone,) = transcriber([speech[i]], ["de"], [caps[i]])
         assert (alone.text, alone.flags) == (found.text, found.flags)
 
 
 def test_text_in_another_script_is_searched_for_again_without_it(small):
     speech, caps, german = speech_of(small), [30] * 4, languages.get("de")
-    before = Transcriber(small, "de", DecodingSettings(loop_repeats=1000, max_foreign_share=1))(speech, caps)
-    after = Transcriber(small, "de", DecodingSettings(loop_repeats=1000, max_foreign_share=0.2))(speech, caps)
+    before = Transcriber(small, DecodingSettings(loop_repeats=1000, max_foreign_share=1))(speech, DE, caps)
+    after = Transcriber(small, DecodingSettings(loop_repeats=1000, max_foreign_share=0.2))(speech, DE, caps)
     for first, found in zip(before, after, strict=True):
         assert ("script" in found.flags) == (languages.foreign_share(first.text, german) > 0.2)
         is_again = "redecoded" in found.flags
@@ -206,7 +234,7 @@ def test_text_in_another_script_is_searched_for_again_without_it(small):
 @pytest.mark.parametrize("beam", [1, 3])
 def test_a_cache_of_fixed_size_changes_nothing(model, beam):
     grown, fixed = (
-        Transcriber(model, "de", DecodingSettings(beam=beam, static_cache=static))(speech_of(model), CAPS)
+        Transcriber(model, DecodingSettings(beam=beam, static_cache=static))(speech_of(model), DE, CAPS)
         for static in (False, True)
     )
     for one, other in zip(grown, fixed, strict=True):
@@ -225,12 +253,12 @@ class Compiled(Transcriber):
 
 
 def test_the_step_is_one_graph_that_batches_of_a_shape_share(model):
-    plain = Transcriber(model, "de", DecodingSettings())(speech_of(model), CAPS)
+    plain = Transcriber(model, DecodingSettings())(speech_of(model), DE, CAPS)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = Compiled(model, "de", DecodingSettings(static_cache=True))
+    compiled = Compiled(model, DecodingSettings(static_cache=True))
     for _ in range(2):
-        assert [h.text for h in compiled(speech_of(model), CAPS)] == [h.text for h in plain]
+        assert [h.text for h in compiled(speech_of(model), DE, CAPS)] == [h.text for h in plain]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
 
@@ -465,7 +493,7 @@ def test_a_set_is_decoded_as_another_language_beside_its_own_results(run):
     with torch.inference_mode():
         speech = model.speech_embeddings([u.features()], ["th"], WINDOW_S)
     settings = DecodingSettings(max_tokens_per_s=5, min_max_tokens=3)
-    (expected,) = Transcriber(model, "th", settings)(speech, [worker.max_tokens(u, settings)])
+    (expected,) = Transcriber(model, settings)(speech, ["th"], [worker.max_tokens(u, settings)])
     assert found["th"][0]["text"] == expected.text
 
 

@@ -257,7 +257,7 @@ def test_error_counts_in_training_are_those_of_the_decoder(recipe, whole, stage1
         hyps = {}
         for u in mine:  # one at a time
             speech = model.speech_embeddings([u.features()], [lang], 30)
-            (hypothesis,) = Transcriber(model, lang, whole.decoding)(speech, [max_tokens(u, whole.decoding)])
+            (hypothesis,) = Transcriber(model, whole.decoding)(speech, [lang], [max_tokens(u, whole.decoding)])
             hyps[u.id] = hypothesis.text
         aligned = [a.counts for a in score({u.id: u.reference for u in mine}, hyps, languages.get(lang))]
         assert (errors, length) == (sum(c.errors for c in aligned), sum(c.ref_len for c in aligned))

@@ -22,11 +22,10 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 from zipperasr import config, files
 from zipperasr.alignment.words import Word, split
 from zipperasr.cli import recipe as recipes
-from zipperasr.cli import transcribe as cli
 from zipperasr.cli.main import main
 from zipperasr.data import manifests, stream
 from zipperasr.data.features import log_mel
-from zipperasr.decoding import formats, inputs, segments, transcribe
+from zipperasr.decoding import formats, inputs, pieces, segments, transcribe
 from zipperasr.decoding.generate import Hypothesis, Transcriber
 from zipperasr.decoding.transcript import Segment, Transcript
 from zipperasr.errors import UserError
@@ -351,14 +350,14 @@ def test_cues_and_ctm_follow_the_times_of_words():
 
 
 def test_words_of_a_segment_have_the_times_of_their_audio():
-    piece, said = transcribe.Piece(12.5, 2.0, np.zeros((200, 80))), Hypothesis([1, 2], "ja nein", -0.12345678)
+    piece, said = pieces.Piece("de", 12.5, 2.0, np.zeros((200, 80))), Hypothesis([1, 2], "ja nein", -0.12345678)
     words = [Word("ja", 0.1, 0.5, 0.9), Word("nein", 0.5, 1.25, 0.8)]
-    segment = transcribe._decoded(piece, said, words)
+    segment = pieces.decoded(piece, said, words)
     assert segment.words == (Word("ja", 12.6, 13.0, 0.9), Word("nein", 13.0, 13.75, 0.8)) and segment.flags == ()
     assert (segment.start_s, segment.end_s, segment.logprob) == (12.5, 14.5, -0.12346)
-    assert transcribe._decoded(piece, said, None).words is None
-    assert transcribe._decoded(piece, said, []).flags == ("unaligned",)
-    assert transcribe._decoded(piece, Hypothesis([2], "", -1.0), []).flags == ("empty",)
+    assert pieces.decoded(piece, said, None).words is None
+    assert pieces.decoded(piece, said, []).flags == ("unaligned",)
+    assert pieces.decoded(piece, Hypothesis([2], "", -1.0), []).flags == ("empty",)
 
 
 def test_subtitles_of_timed_thai_have_spaces_where_its_text_has_them_only():
@@ -372,7 +371,7 @@ def test_subtitles_of_timed_thai_have_spaces_where_its_text_has_them_only():
 def test_an_aligner_counts_only_for_the_checkpoint_that_it_was_trained_on(tmp_path):
     assert recipes._aligner_digest(tmp_path, (7,)) is None
     files.write_json(tmp_path / "aligner" / "settings.json", {"step": 7})
-    assert recipes._aligner_digest(tmp_path, (7,)) and cli._aligner_digest(tmp_path, (8,)) is None
+    assert recipes._aligner_digest(tmp_path, (7,)) and recipes._aligner_digest(tmp_path, (8,)) is None
     assert recipes._aligner_digest(tmp_path, (7, 8)) is None
 
 
@@ -474,9 +473,9 @@ def test_a_short_file_has_the_text_that_decoding_gives(run, audio, capsys):
     found = json.loads(capsys.readouterr().out)
     whole = recipes.load_run(run.directory)
     model = checkpoint.load_run(run.directory).merged("de")
-    transcriber = Transcriber(model, "de", whole.decoding)
+    transcriber = Transcriber(model, whole.decoding)
     samples = soundfile.read(audio / "a.flac", dtype="float32")[0]
-    (said,) = transcriber(transcriber.encode([log_mel(samples, 80)], 30)[0], [4])
+    (said,) = transcriber(transcriber.encode([log_mel(samples, 80)], ["de"], 30)[0], ["de"], [4])
     (segment,) = found["segments"]
     assert said.text and segment["text"] == said.text and segment["logprob"] == pytest.approx(said.logprob, abs=1e-4)
     assert (segment["start_s"], segment["end_s"], found["duration_s"]) == (0, 2, 2)
@@ -552,7 +551,7 @@ class Detector:
 @pytest.mark.parametrize("probability, is_doubted", [(0.9, True), (0.7, False)])
 def test_a_given_language_is_obeyed_and_doubted(run, audio, capsys, monkeypatch, probability, is_doubted):
     detector = Detector(probability)
-    monkeypatch.setattr(transcribe, "_detector", lambda *args, **kwargs: detector)
+    monkeypatch.setattr(transcribe, "load_detector", lambda *args, **kwargs: detector)
     assert main(run.args("--language", "th", "--format", "json", audio / "c.ogg")) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)

@@ -46,7 +46,7 @@ def fixed_length(model: SpeechLLM, max_tokens_per_batch: int) -> FixedLength:
         loop_repeats=10**6,
         max_foreign_share=1,
     )
-    transcriber = FixedLength(model, LANGS[0], settings)
+    transcriber = FixedLength(model, settings)
     transcriber.end_of_text = model.llm.config.vocab_size  # which is no token
     return transcriber
 
@@ -56,15 +56,16 @@ class Case:
 
     def __init__(self, transcriber: Transcriber, utterances: Sequence[Utterance], chunk_s: float):
         self.transcriber, self.chunk_s, self.seconds = transcriber, chunk_s, []
-        self.todo = list(batches(utterances, transcriber.settings, prompt_tokens=len(transcriber.prompt)))
+        self.todo = list(batches(utterances, transcriber.settings, prompt_tokens=transcriber.prompt_tokens(LANGS[:1])))
         noise, longest = torch.Generator().manual_seed(0), utterances[0]
         self.mel = torch.randn(longest.num_frames, longest.num_mel_bins, generator=noise)
 
     def step(self) -> None:
         self.transcriber.seconds = Seconds()
         for batch in self.todo:
-            speech, _ = self.transcriber.encode([self.mel[: u.num_frames] for u in batch], self.chunk_s)
-            self.transcriber(speech, [max_tokens(u, self.transcriber.settings) for u in batch])
+            langs = [u.lang for u in batch]
+            speech, _ = self.transcriber.encode([self.mel[: u.num_frames] for u in batch], langs, self.chunk_s)
+            self.transcriber(speech, langs, [max_tokens(u, self.transcriber.settings) for u in batch])
         self.seconds.append(self.transcriber.seconds)
 
     def shares(self) -> Row:

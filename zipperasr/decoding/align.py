@@ -43,8 +43,9 @@ def align(
         read = {u.id: features.to(device) for u, features in batch if features is not None}
         if read:
             with torch.inference_mode():
-                frames, lengths = model.encoder(list(read.values()), [lang] * len(read), chunk_s)
-            heard = aligner(frames.split(lengths), lang, [texts[utt_id] for utt_id in read])
+                langs = [lang] * len(read)
+                frames, lengths = model.encoder(list(read.values()), langs, chunk_s)
+            heard = aligner(frames.split(lengths), langs, [texts[utt_id] for utt_id in read])
             found |= dict(zip(read, heard, strict=True))
     return found
 

@@ -28,12 +28,13 @@ def count_errors(
     for utterance in sorted(utterances, key=lambda u: -u.num_frames):
         by_lang.setdefault(utterance.lang, []).append(utterance)
     decoding = decoding.model_copy(update={"beam": 1})
-    counts = {}
+    transcriber, counts = Transcriber(model, decoding), {}
     for lang, some in by_lang.items():
-        transcriber, hyps = Transcriber(model, lang, decoding), {}
-        for batch in batches(some, decoding, prompt_tokens=len(transcriber.prompt)):
-            speech, _ = transcriber.encode([u.features() for u in batch], segment_s(model, encoder))
-            found = transcriber(speech, [max_tokens(u, decoding) for u in batch])
+        hyps: dict[str, str] = {}
+        for batch in batches(some, decoding, prompt_tokens=transcriber.prompt_tokens([lang])):
+            langs = [lang] * len(batch)
+            speech, _ = transcriber.encode([u.features() for u in batch], langs, segment_s(model, encoder))
+            found = transcriber(speech, langs, [max_tokens(u, decoding) for u in batch])
             hyps |= {u.id: hypothesis.text for u, hypothesis in zip(batch, found, strict=True)}
         aligned = score({u.id: u.reference for u in some}, hyps, languages.get(lang), profile)
         total = sum((utterance.counts for utterance in aligned), Counts())

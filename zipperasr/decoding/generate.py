@@ -1,14 +1,16 @@
 """Hypotheses of a batch of utterances: put the speech behind the prompt, let the LLM write, mend what it made up.
 
-Legend: N utterances, T positions of the longest input, S new tokens, P tokens of the prompt, H LLM width, V vocabulary,
-F_u feature frames, T_u encoder frames and S_u speech tokens of an utterance, D encoder width.
+Legend: N utterances, T positions of the longest input, S new tokens, P tokens of the longest prompt, H LLM width, V
+vocabulary, F_u feature frames, T_u encoder frames and S_u speech tokens of an utterance, P_l tokens of a language's
+prompt, D encoder width.
 
-A hypothesis depends on nothing but its utterance: speech is padded on the left and masked, positions count without
-the padding, each utterance has its own cap on new tokens, and is mended alone.
+A hypothesis depends on nothing but its utterance: prompt and speech are padded on the left and masked, positions count
+without the padding, each utterance has its own language and its own cap on new tokens, and is mended alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,59 +52,84 @@ class Seconds:
     detokenise_s: float = 0.0
 
 
+class Prompt(NamedTuple):
+    """A language's prompt: its embeddings [P_l, H], and the LLM's keys and values [1, heads, P_l, width] by layer."""
+
+    embeddings: Tensor
+    states: list[tuple[Tensor, Tensor]]
+
+
 @dataclass
 class Transcriber:
-    """A model that transcribes one language; the LLM reads its prompt once for all utterances."""
+    """A model that transcribes utterances of any languages together; the LLM reads each language's prompt once."""
 
     model: SpeechLLM
-    lang: str
     settings: DecodingSettings
     seconds: Seconds = field(default_factory=Seconds)
 
-    @torch.inference_mode()
     def __post_init__(self) -> None:
-        self.language, self.end_of_text = languages.get(self.lang), self.model.tokenizer.end_of_text
-        (self.prompt,) = self.model.embed([prompts.prompt_ids(self.model.tokenizer, self.lang)])  # [P, H]
-        cache = DynamicCache(config=self.model.llm.config)
-        self.model.llm.model(inputs_embeds=self.prompt[None], past_key_values=cache, use_cache=True)
-        self.read_prompt = [(layer.keys, layer.values) for layer in cache.layers]
-        self.foreign: Tensor | None = None
+        self.device, self.end_of_text = self.model.llm.device, self.model.tokenizer.end_of_text
+        self.prompts: dict[str, Prompt] = {}
+        self.foreign: dict[str, Tensor] = {}
 
     @torch.inference_mode()
-    def encode(self, features: Sequence[Tensor], chunk_s: float) -> tuple[list[Tensor], list[Tensor]]:
-        """Features [F_u, bins] -> the projector's embeddings [S_u, H] and the encoder's frames [T_u, D] of each."""
-        started, device = clock(), self.prompt.device
-        frames, lengths = self.model.encoder([x.to(device) for x in features], [self.lang] * len(features), chunk_s)
+    def prompt(self, lang: str) -> Prompt:
+        """The prompt of a language. Raises UserError for one that is not known."""
+        if lang not in self.prompts:
+            (embeddings,) = self.model.embed([prompts.prompt_ids(self.model.tokenizer, lang)])
+            cache = DynamicCache(config=self.model.llm.config)
+            self.model.llm.model(inputs_embeds=embeddings[None], past_key_values=cache, use_cache=True)
+            self.prompts[lang] = Prompt(embeddings, [(layer.keys, layer.values) for layer in cache.layers])
+        return self.prompts[lang]
+
+    def prompt_tokens(self, langs: Iterable[str]) -> int:
+        """P of these languages."""
+        return max(len(self.prompt(lang).embeddings) for lang in langs)
+
+    @torch.inference_mode()
+    def encode(
+        self, features: Sequence[Tensor], langs: Sequence[str], chunk_s: float
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Features [F_u, bins] -> the projector's embeddings [S_u, H] and the encoder's frames [T_u, D] of each.
+
+        Utterances of one language should be neighbours. Raises UserError for a segment longer than the encoder takes.
+        """
+        started = clock()
+        frames, lengths = self.model.encoder([x.to(self.device) for x in features], langs, chunk_s)
         speech = self.model.projector(frames, lengths)
         self.seconds.encoder_s += clock() - started
         return speech, list(frames.split(lengths))
 
     @torch.inference_mode()
-    def __call__(self, speech: Sequence[Tensor], caps: Sequence[int]) -> list[Hypothesis]:
+    def __call__(self, speech: Sequence[Tensor], langs: Sequence[str], caps: Sequence[int]) -> list[Hypothesis]:
         """The hypothesis of each utterance, from the projector's embeddings [S_u, H], in at most `caps` tokens.
 
         A loop, and a text in another script, is searched for once more without; if that does not end, a loop is cut.
         """
-        found = [self._read(*said) for said in self._search(speech, caps)]
+        found = [self._read(*said, lang) for said, lang in zip(self._search(speech, langs, caps), langs, strict=True)]
         again = [i for i, first in enumerate(found) if {"loop", "script"} & set(first.flags)]
         if again:
-            constraints = self._constraints()
-            second = self._search([speech[i] for i in again], [caps[i] for i in again], constraints)
-            for i, said in zip(again, second, strict=True):
-                found[i] = self._mended(found[i], self._read(*said))
+            some, some_langs, some_caps = ([values[i] for i in again] for values in (speech, langs, caps))
+            second = self._search(some, some_langs, some_caps, self._constraints(some_langs))
+            for i, lang, said in zip(again, some_langs, second, strict=True):
+                found[i] = self._mended(found[i], self._read(*said, lang))
         return found
 
     def _search(
-        self, speech: Sequence[Tensor], caps: Sequence[int], constraints: Sequence[LogitsProcessor] = ()
+        self,
+        speech: Sequence[Tensor],
+        langs: Sequence[str],
+        caps: Sequence[int],
+        constraints: Sequence[LogitsProcessor] = (),
     ) -> list[tuple[list[int], float]]:
         """The tokens of each utterance, and the mean of their log-probabilities."""
         settings, started = self.settings, clock()
-        inputs, mask = self._inputs(speech)
+        inputs, mask = self._inputs(speech, langs)
         watch = _Watch(constraints if settings.beam == 1 else ())
         out = self.model.llm.generate(
             inputs_embeds=inputs,
             attention_mask=mask,
-            past_key_values=self._cache(len(speech) * settings.beam, inputs.shape[1] + max(caps)),
+            past_key_values=self._cache(langs, inputs.shape[1] + max(caps)),
             generation_config=self._config(max(caps)),
             stopping_criteria=[_Caps(torch.tensor(caps, device=inputs.device))],
             logits_processor=[watch] if settings.beam == 1 else [*constraints, watch],
@@ -118,23 +145,25 @@ class Transcriber:
         self.seconds.step_s += clock() - watch.first_step
         return list(zip(rows, means, strict=True))
 
-    def _inputs(self, speech: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Prompt, padding and speech [N, T, H], and the mask [N, T] that is 0 where the padding is."""
-        missing = torch.tensor([max(map(len, speech)) - len(x) for x in speech])
-        prompt = self.prompt.to(speech[0].dtype)
-        rows = [torch.cat([prompt, F.pad(x, (0, 0, n, 0))]) for x, n in zip(speech, missing.tolist(), strict=True)]
-        inputs, place = torch.stack(rows), torch.arange(len(rows[0])) - len(prompt)
-        return inputs, ((place < 0) | (place >= missing[:, None])).long().to(inputs.device)
+    def _inputs(self, speech: Sequence[Tensor], langs: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Padding, prompt, padding and speech [N, T, H], and the mask [N, T] that is 0 where the padding is."""
+        parts = [self.prompt(lang).embeddings.to(x.dtype) for lang, x in zip(langs, speech, strict=True)], speech
+        padded, masks = zip(*(_padded(part) for part in parts), strict=True)
+        return torch.cat(padded, 1), torch.cat(masks, 1)
 
-    def _cache(self, num_rows: int, length: int) -> DynamicCache | StaticCache:
-        """A cache that holds the prompt in each of its rows; on a GPU of a fixed size, for which steps are compiled."""
-        config, device = self.model.llm.config, self.prompt.device
-        if self.settings.static_cache or (self.settings.static_cache is None and device.type == "cuda"):
+    def _cache(self, langs: Sequence[str], length: int) -> DynamicCache | StaticCache:
+        """A cache that holds each row's prompt; on a GPU of a fixed size, for which steps are compiled."""
+        config = self.model.llm.config
+        if self.settings.static_cache or (self.settings.static_cache is None and self.device.type == "cuda"):
             cache = StaticCache(config=config, max_cache_len=-(-length // POSITIONS) * POSITIONS)
         else:
             cache = DynamicCache(config=config)
-        for i, states in enumerate(self.read_prompt):
-            cache.update(*(x.expand(num_rows, -1, -1, -1) for x in states), i)
+        distinct, longest = list(dict.fromkeys(langs)), self.prompt_tokens(langs)
+        rows = torch.tensor([distinct.index(lang) for lang in langs], device=self.device)
+        rows = rows.repeat_interleave(self.settings.beam)
+        for i, layers in enumerate(zip(*(self.prompt(lang).states for lang in distinct), strict=True)):
+            states = (torch.cat([F.pad(x, (0, 0, longest - x.shape[2], 0)) for x in xs]) for xs in zip(*layers))
+            cache.update(*(x[rows] for x in states), i)
         return cache
 
     def _config(self, max_new_tokens: int) -> GenerationConfig:
@@ -149,14 +178,14 @@ class Transcriber:
             output_scores=self.settings.beam > 1,
         )
 
-    def _read(self, ids: list[int], logprob: float) -> Hypothesis:
+    def _read(self, ids: list[int], logprob: float, lang: str) -> Hypothesis:
         """What tokens say, and what is wrong with it."""
         started = clock()
         text = self._text(ids)
         flags = {
             "capped": ids[-1] != self.end_of_text,
             "loop": loop_start(ids, self.settings.loop_repeats) is not None,
-            "script": is_foreign(text, self.language, self.settings.max_foreign_share),
+            "script": is_foreign(text, languages.get(lang), self.settings.max_foreign_share),
         }
         self.seconds.detokenise_s += clock() - started
         raised = tuple(flag for flag, is_raised in flags.items() if is_raised)
@@ -171,14 +200,23 @@ class Transcriber:
         cut = self._text(first.ids[: loop_start(first.ids, self.settings.loop_repeats)])
         return replace(first, text=cut, flags=(*first.flags, "cut"), first_text=first.text)
 
-    def _constraints(self) -> list[LogitsProcessor]:
-        if self.foreign is None:
-            tokenizer, table = self.model.tokenizer, self.model.llm.get_input_embeddings()
-            self.foreign = foreign_tokens(tokenizer, table.num_embeddings, self.language).to(self.prompt.device)
-        return [OwnScript(self.foreign), NoLoops(MAX_UNIT)]
+    def _constraints(self, langs: Sequence[str]) -> list[LogitsProcessor]:
+        for lang in dict.fromkeys(langs):
+            if lang not in self.foreign:
+                size = self.model.llm.get_input_embeddings().num_embeddings
+                self.foreign[lang] = foreign_tokens(self.model.tokenizer, size, languages.get(lang)).to(self.device)
+        foreign = torch.stack([self.foreign[lang] for lang in langs]).repeat_interleave(self.settings.beam, 0)
+        return [OwnScript(foreign), NoLoops(MAX_UNIT)]
 
     def _text(self, ids: list[int]) -> str:
         return " ".join(self.model.tokenizer.decode([i for i in ids if i != self.end_of_text]).split())
+
+
+def _padded(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sequences [n, H] padded on the left to the longest, [N, n, H], and the mask [N, n] of what is not padding."""
+    missing = torch.tensor([max(map(len, parts)) - len(x) for x in parts])
+    padded = torch.stack([F.pad(x, (0, 0, n, 0)) for x, n in zip(parts, missing.tolist(), strict=True)])
+    return padded, (torch.arange(padded.shape[1]) >= missing[:, None]).long().to(padded.device)
 
 
 def _until(row: list[int], end_of_text: int) -> list[int]:

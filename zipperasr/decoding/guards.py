@@ -62,7 +62,7 @@ def foreign_tokens(tokenizer: Tokenizer, vocab_size: int, language: Language) ->
 
 
 class OwnScript(LogitsProcessor):
-    """Forbids the tokens of `foreign` [V]."""
+    """Forbids the tokens of `foreign` [N, V] in each row."""
 
     def __init__(self, foreign: Tensor) -> None:
         self.foreign = foreign

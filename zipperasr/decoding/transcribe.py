@@ -1,8 +1,7 @@
-"""Audio of any length transcribed: read and cut into pieces, its language detected, decoded in batches across files.
+"""Audio of any length transcribed in batches across files.
 
 This process reads, a second thread or `nj` processes decode what has been read. What is held at a time is a few minutes
 of features, however long the audio is.
-F frames (100 Hz), T samples (16 kHz).
 """
 
 import functools
@@ -12,58 +11,30 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from zipperasr.alignment.words import Word
-from zipperasr.data import stream
-from zipperasr.data.audio import SAMPLE_RATE
-from zipperasr.data.features import log_mel
 from zipperasr.decoding import DecodingSettings
 from zipperasr.decoding.decode import start_pools
-from zipperasr.decoding.generate import Hypothesis, Transcriber
-from zipperasr.decoding.guards import has_speech
+from zipperasr.decoding.generate import Transcriber
 from zipperasr.decoding.inputs import Source
 from zipperasr.decoding.job import TranscriptionJob
-from zipperasr.decoding.segments import cut
+from zipperasr.decoding.pieces import Piece, decode
+from zipperasr.decoding.reading import File, Reader, limits, load_detector
 from zipperasr.decoding.transcript import Segment, Transcript
-from zipperasr.decoding.worker import batches, load_model, max_tokens, segment_s
+from zipperasr.decoding.worker import load_model, segment_s
 from zipperasr.errors import UserError
 from zipperasr.model.aligner import Aligner
-from zipperasr.model.encoder import FRAMES_PER_S
-from zipperasr.model.language_id import LanguageDetector
 
-DETECTION_S = 30  # of speech, in which the language is detected
 FIRST_POOL_S, LARGEST_POOL_S = 30, 480  # of speech, sorted by length; the first is small, so that it is soon there
 
 
 @dataclass(eq=False)
-class Piece:
-    """A segment to be: its features [F, bins], float32."""
+class _Work(File):
+    """A file, and how far it is."""
 
-    start_s: float
-    duration_s: float
-    features: np.ndarray
-
-    @property
-    def num_frames(self) -> int:
-        """F."""
-        return len(self.features)
-
-
-@dataclass(eq=False)
-class _File:
-    """A source, and what is known of it so far."""
-
-    source: Source
-    lang: str | None
-    segments: list[Segment] = field(default_factory=list)
-    probabilities: dict[str, float] = field(default_factory=dict)
-    num_samples: int = 0
-    num_channels: int | None = None
     decoded_s: float = 0.0
     num_waiting: int = 0  # pieces that are read and not decoded
     is_read: bool = False
@@ -82,26 +53,25 @@ def transcribe(
     `nj` processes decode, on GPUs at most one each. `on_progress` is told of further seconds of audio that are done.
     Raises UserError where the model is not whole, or a language is to be detected and cannot be.
     """
-    waiting = deque(_File(source, job.lang or source.lang) for source in sources)
-    files_, pending, turn = list(waiting), deque(), itertools.count()
+    waiting = deque(_Work(source, job.lang or source.lang) for source in sources)
+    todo, pending, turn = list(waiting), deque(), itertools.count()
 
     def finished() -> Iterator[tuple[Source, Transcript | UserError]]:
         for file in _done(waiting):
-            on_progress(file.num_samples / SAMPLE_RATE - file.decoded_s)
-            yield file.source, file.error or _transcript(file, job)
+            on_progress(file.duration_s - file.decoded_s)
+            yield file.source, file.error or file.transcript(job.transcription.doubt)
 
     with ExitStack() as stack:
         executors = start_pools(nj, stack) if nj > 1 else [ThreadPoolExecutor(1)]
         stack.callback(executors[0].shutdown, cancel_futures=True)
         devices = [f"cuda:{j}" if torch.cuda.is_available() else "cpu" for j in range(len(executors))]
-        limits = executors[0].submit(_limits, job, devices[0])
-        detector = _detector(job, device=devices[0], is_needed=any(file.lang is None for file in files_))
-        reader = _Reader(job, detector, *_result(limits))
-        for pool in itertools.chain(_pools(reader.read(files_)), [None]):
-            for file_lang, items in _by_lang(pool or ()).items():
+        known_limits = executors[0].submit(_limits, job, devices[0])
+        detector = load_detector(job, device=devices[0], is_needed=any(file.lang is None for file in todo))
+        reader = Reader(job, detector, **_result(known_limits))
+        for pool in itertools.chain(_pools(_read(reader, todo)), [None]):
+            for items in _by_lang(pool or ()):
                 j = next(turn) % len(executors)
-                pieces = [piece for _, piece in items]
-                future = executors[j].submit(_decode, job, file_lang, pieces, devices[j], nj > 1)
+                future = executors[j].submit(_decode, job, [piece for _, piece in items], devices[j], nj > 1)
                 pending.append((future, items))
             while pending and (pool is None or len(pending) > len(executors) or pending[0][0].done()):
                 on_progress(_take(*pending.popleft()))
@@ -109,63 +79,22 @@ def transcribe(
             yield from finished()
 
 
-class _Reader:
-    """Reads files piece by piece, and finds out their languages."""
-
-    def __init__(self, job: TranscriptionJob, detector: LanguageDetector | None, max_s: float, num_bins: int) -> None:
-        self.job, self.detector, self.num_bins = job, detector, num_bins
-        self.max_s = min(job.transcription.max_segment_s, max_s)
-
-    def read(self, waiting: Sequence[_File]) -> Iterator[tuple[_File, Piece]]:
-        """The pieces with speech of all files in order, when the language of their file is known."""
-        for file in waiting:
-            try:
-                for piece in self._when_language_is_known(file, self._heard(file)):
+def _read(reader: Reader, todo: Sequence[_Work]) -> Iterator[tuple[_Work, Piece]]:
+    """The pieces of all files in order."""
+    for file in todo:
+        try:
+            for found in reader.read(file):
+                if isinstance(found, Segment):
+                    file.segments.append(found)
+                else:
                     file.num_waiting += 1
-                    yield file, piece
-            except UserError as error:
-                file.error = error
-            file.is_read = True
-
-    def _heard(self, file: _File) -> Iterator[Piece]:
-        """The pieces that may hold speech; the others are segments already."""
-        source = file.source
-        info = stream.describe(source.path)
-        file.num_channels = None if source.channels or info is None else info.num_channels
-        span = {"start_s": source.start_s, "end_s": source.end_s, "channels": source.channels}
-        blocks = self._counted(file, stream.read(source.path, info, **span))
-        settings = self.job.transcription
-        pieces = cut(blocks, max_s=self.max_s, min_pause_s=settings.min_pause_s, margin_s=settings.margin_s)
-        for piece in pieces:
-            features, duration_s = log_mel(piece.samples, self.num_bins), len(piece.samples) / SAMPLE_RATE
-            if has_speech(features, self.job.decoding):
-                yield Piece(piece.start_s, duration_s, features.numpy())
-            else:
-                file.segments.append(_segment(piece.start_s, duration_s, "", flags=("no_speech",)))
-        if not file.num_samples:
-            raise UserError(f"{source.path}: holds no audio" + " at these times" * (source.end_s is not None))
-
-    @staticmethod
-    def _counted(file: _File, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        for block in blocks:
-            file.num_samples += len(block)
-            yield block
-
-    def _when_language_is_known(self, file: _File, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        held, held_s = [], 0.0
-        for piece in pieces if self.detector else ():
-            held.append(piece)
-            held_s += piece.duration_s
-            if held_s >= DETECTION_S:
-                break
-        if held:
-            langs = dict.fromkeys([*self.job.langs, *[file.lang] * (file.lang is not None)])
-            file.probabilities = self.detector([torch.from_numpy(piece.features) for piece in held], langs)
-            file.lang = file.lang or next(iter(file.probabilities))
-        yield from itertools.chain(held, pieces)
+                    yield file, found
+        except UserError as error:
+            file.error = error
+        file.is_read = True
 
 
-def _pools(pieces: Iterator[tuple[_File, Piece]]) -> Iterator[list[tuple[_File, Piece]]]:
+def _pools(pieces: Iterator[tuple[_Work, Piece]]) -> Iterator[list[tuple[_Work, Piece]]]:
     """Runs of pieces that are decoded together: more and more, up to LARGEST_POOL_S."""
     pool, pool_s, most_s = [], 0.0, FIRST_POOL_S
     for file, piece in pieces:
@@ -177,58 +106,32 @@ def _pools(pieces: Iterator[tuple[_File, Piece]]) -> Iterator[list[tuple[_File, 
     yield pool
 
 
-def _by_lang(pool: Iterable[tuple[_File, Piece]]) -> dict[str, list[tuple[_File, Piece]]]:
-    groups: dict[str, list[tuple[_File, Piece]]] = {}
+def _by_lang(pool: Iterable[tuple[_Work, Piece]]) -> Iterable[list[tuple[_Work, Piece]]]:
+    """A pool's pieces of each language: there are enough of them for a model that is merged for it."""
+    groups: dict[str, list[tuple[_Work, Piece]]] = {}
     for file, piece in pool:
         if not file.error:
-            groups.setdefault(file.lang, []).append((file, piece))
-    return groups
+            groups.setdefault(piece.lang, []).append((file, piece))
+    return groups.values()
 
 
-def _decode(
-    job: TranscriptionJob, lang: str, pieces: Sequence[Piece], device: str, has_neighbours: bool
-) -> list[Segment]:
-    """The segment of each piece; runs in the thread or the process that has the model."""
+def _decode(job: TranscriptionJob, pieces: Sequence[Piece], device: str, has_neighbours: bool) -> list[Segment]:
+    """The segment of each piece of one language; runs in the thread or the process that has the model."""
     if has_neighbours:
         torch.set_num_threads(1)
-    transcriber, segments = _transcriber(job.run_dir, job.steps, job.model, device, lang, job.decoding), {}
+    transcriber = _transcriber(job.run_dir, job.steps, job.model, device, pieces[0].lang, job.decoding)
     aligner = _aligner(job.run_dir, job.aligner, device) if job.aligner else None
-    longest_s = segment_s(transcriber.model, job.run.model.encoder)
-    longest_first = sorted(pieces, key=lambda piece: -piece.num_frames)
-    for batch in batches(longest_first, job.decoding, prompt_tokens=len(transcriber.prompt)):
-        caps = [max_tokens(piece, job.decoding) for piece in batch]
-        try:
-            speech, frames = transcriber.encode([torch.from_numpy(piece.features) for piece in batch], longest_s)
-            found = transcriber(speech, caps)
-        except torch.OutOfMemoryError as error:
-            mend = f"lower decoding.max_tokens_per_batch={job.decoding.max_tokens_per_batch}"
-            raise UserError(f"{len(batch)} segments do not fit the GPU's memory; {mend}") from error
-        words = (
-            [one.words for one in aligner(frames, lang, [said.text for said in found])]
-            if aligner
-            else [None] * len(found)
-        )
-        for piece, said, timed in zip(batch, found, words, strict=True):
-            segments[piece] = _decoded(piece, said, timed)
+    segments: dict[Piece, Segment] = {}
+    for some in decode(pieces, transcriber, aligner, longest_s=segment_s(transcriber.model, job.run.model.encoder)):
+        segments |= some
     return [segments[piece] for piece in pieces]
-
-
-def _decoded(piece: Piece, said: Hypothesis, words: Sequence[Word] | None) -> Segment:
-    flags = (*said.flags, *["empty"] * (not said.text), *["unaligned"] * bool(said.text and words == []))
-    segment = _segment(piece.start_s, piece.duration_s, said.text, round(said.logprob, 5), flags)
-    if words is None:
-        return segment
-    shifted = (
-        replace(w, start_s=round(w.start_s + piece.start_s, 3), end_s=round(w.end_s + piece.start_s, 3)) for w in words
-    )
-    return replace(segment, words=tuple(shifted))
 
 
 @functools.lru_cache(maxsize=2)
 def _transcriber(
     run_dir: Path, steps: tuple[int, ...], digest: str, device: str, lang: str, settings: DecodingSettings
 ) -> Transcriber:
-    return Transcriber(load_model(run_dir, steps, digest, device).merged(lang), lang, settings)
+    return Transcriber(load_model(run_dir, steps, digest, device).merged(lang), settings)
 
 
 @functools.lru_cache(maxsize=1)
@@ -236,35 +139,14 @@ def _aligner(run_dir: Path, digest: str, device: str) -> Aligner:
     return Aligner.load(run_dir, device=device)
 
 
-def _limits(job: TranscriptionJob, device: str) -> tuple[float, int]:
-    """The longest segment in seconds that the model's encoder takes, and the number of its mel bins."""
-    encoder = load_model(job.run_dir, job.steps, job.model, device).encoder
-    return encoder.max_frames / FRAMES_PER_S, encoder.conv1.in_channels
+def _limits(job: TranscriptionJob, device: str) -> dict[str, float | int]:
+    return limits(load_model(job.run_dir, job.steps, job.model, device))
 
 
-def _detector(job: TranscriptionJob, *, device: str, is_needed: bool) -> LanguageDetector | None:
-    """Whisper's detector of languages; None where there can be none, and none `is_needed`."""
-    try:
-        if job.run.model.init == "random":
-            raise UserError(f"{job.run_dir}: its Whisper has random weights")
-        detector = LanguageDetector.load(job.run.model.encoder.pretrained, device=device)
-        if not detector.tokens.keys() & set(job.langs):
-            raise UserError(f"{job.run.model.encoder.pretrained}: knows no language of {', '.join(job.langs)}")
-        return detector
-    except UserError as error:
-        if is_needed:
-            raise UserError(f"no language can be detected: {error}; name it, as in --language de") from error
-        return None
-
-
-def _segment(start_s: float, duration_s: float, text: str, logprob: float | None = None, flags=()) -> Segment:
-    return Segment(round(start_s, 3), round(start_s + duration_s, 3), text, logprob, flags)
-
-
-def _take(future: Future, items: Sequence[tuple[_File, Piece]]) -> float:
+def _take(future: Future, items: Sequence[tuple[_Work, Piece]]) -> float:
     """Give the files their segments when they are decoded; return how many seconds these are."""
-    for (file, piece), segment in zip(items, _result(future), strict=True):
-        file.segments.append(segment)
+    for (file, piece), found in zip(items, _result(future), strict=True):
+        file.segments.append(found)
         file.num_waiting -= 1
         file.decoded_s += piece.duration_s
     return sum(piece.duration_s for _, piece in items)
@@ -278,21 +160,9 @@ def _result(future: Future):
         raise UserError(f"a decoding process was killed; {mend}") from error
 
 
-def _done(waiting: deque[_File]) -> list[_File]:
+def _done(waiting: deque[_Work]) -> list[_Work]:
     """Take the files that are done out of those that wait."""
     done = [file for file in itertools.takewhile(lambda file: file.is_read, waiting) if file.is_done]
     for file in done:
         waiting.remove(file)
     return done
-
-
-def _transcript(file: _File, job: TranscriptionJob) -> Transcript:
-    given, detected = job.lang or file.source.lang, next(iter(file.probabilities), None)
-    has_text = any("no_speech" not in segment.flags for segment in file.segments)
-    doubts = given and detected != given and file.probabilities.get(detected, 0) >= job.transcription.doubt
-    flags = (*["no_speech"] * (not has_text), *["language_doubt"] * bool(doubts))
-    probability = file.probabilities.get(file.lang)
-    return Transcript(
-        file.source.name, file.num_samples / SAMPLE_RATE, file.num_channels, file.lang,
-        probability and round(probability, 4), detected, flags, tuple(sorted(file.segments, key=lambda s: s.start_s)),
-    )  # fmt: skip

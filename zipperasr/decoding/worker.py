@@ -46,12 +46,13 @@ def decode_share(
         torch.set_num_threads(1)
     device = f"cuda:{share % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     model = load_model(job.run_dir, job.steps, job.model, device).merged(job.spoken_as)
-    transcriber = Transcriber(model, job.spoken_as, job.decoding)
+    transcriber = Transcriber(model, job.decoding)
+    prompt_tokens = transcriber.prompt_tokens([job.spoken_as])
     path = job.directory / f"part.{job.key}.{uuid.uuid4().hex[:8]}.jsonl"
     bar = tqdm(total=len(utterances), desc=job.set, unit="utt", mininterval=1, disable=True if share else None)
     with open(path, "w", encoding="utf-8") as part, bar:
         started = time.perf_counter()
-        for batch in read_ahead(batches(utterances, job.decoding, prompt_tokens=len(transcriber.prompt))):
+        for batch in read_ahead(batches(utterances, job.decoding, prompt_tokens=prompt_tokens)):
             try:
                 records, seconds = _transcribe(transcriber, job, batch, encoded)
             except torch.OutOfMemoryError as error:
@@ -132,9 +133,10 @@ def _transcribe(
     heard = {u.id: x for u, x in batch if x is not None and has_speech(x, job.decoding)}
     transcriber.seconds, hypotheses, means = Seconds(), {}, {}
     if heard:
-        speech, frames = transcriber.encode(list(heard.values()), longest_s)
+        langs = [job.spoken_as] * len(heard)
+        speech, frames = transcriber.encode(list(heard.values()), langs, longest_s)
         caps = [max_tokens(u, job.decoding) for u, _ in batch if u.id in heard]
-        hypotheses = dict(zip(heard, transcriber(speech, caps), strict=True))
+        hypotheses = dict(zip(heard, transcriber(speech, langs, caps), strict=True))
         means = {i: x.float().mean(0) for i, x in zip(heard, frames, strict=True) if i in encoded}
     max_s = longest_s if job.run.model.encoder.context == "full" else math.inf
     records = [_record(u, x is not None, hypotheses.get(u.id), is_split=u.duration_s > max_s) for u, x in batch]

@@ -71,15 +71,15 @@ class Aligner:
 
     def words(self, frames: Tensor, lang: str, text: str) -> list[Word]:
         """The words of what is said in one utterance, from its encoder frames [T, D]; none if it is too short."""
-        return self([frames], lang, [text])[0].words
+        return self([frames], [lang], [text])[0].words
 
     @torch.inference_mode()
-    def __call__(self, frames: Sequence[Tensor], lang: str, texts: Sequence[str]) -> list[Heard]:
+    def __call__(self, frames: Sequence[Tensor], langs: Sequence[str], texts: Sequence[str]) -> list[Heard]:
         """The words of each utterance, from its encoder frames [T, D]: starts rise, and no two words overlap."""
         log_probs = list(self.head(torch.cat(list(frames))).split([len(x) for x in frames])) if frames else []
-        targets = [self._targets(text, lang) for text in texts]
+        targets = list(map(self._targets, texts, langs))
         found = alignment.forced_align(log_probs, [ids for ids, _ in targets], engine=self.engine)
-        return [self._heard(*one) for one in zip(log_probs, texts, itertools.repeat(lang), targets, found)]
+        return [self._heard(*one) for one in zip(log_probs, texts, langs, targets, found, strict=True)]
 
     def _targets(self, text: str, lang: str) -> tuple[list[int], list[int | None]]:
         """The units of a text, and the number of the word that each belongs to; None between words."""

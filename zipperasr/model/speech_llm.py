@@ -94,10 +94,12 @@ class SpeechLLM(nn.Module):
     def merged(self, lang: str | None = None) -> "SpeechLLM":
         """This model for one language, with plain linear layers where the method has them (not FlyLoRA).
 
-        All tensors without an adapter are shared.
+        Without a language it remains one for all: only what does not depend on the language is merged. All tensors
+        without an adapter are shared.
         """
         shared = [*self.parameters(), *self.buffers(), *self.language_embeddings.values(), self.tokenizer]
-        adapted = [layer for layer in adapted_layers(self).values() if layer.can_merge]
+        layers = adapted_layers(self).values()
+        adapted = [layer for layer in layers if layer.can_merge and (lang or not layer.by_language)]
         memo = {id(thing): thing for thing in shared} | {id(layer): layer.merged(lang) for layer in adapted}
         return copy.deepcopy(self, memo)
 
