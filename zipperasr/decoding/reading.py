@@ -73,9 +73,11 @@ class File:
 class Reader:
     """Reads files piece by piece, and finds out their languages."""
 
-    def __init__(self, job: TranscriptionJob, detect: Detect | None, *, max_s: float, num_bins: int) -> None:
-        """`max_s` and `num_bins`: those of `limits`."""
-        self.job, self.detect, self.num_bins = job, detect, num_bins
+    def __init__(
+        self, job: TranscriptionJob, detect: Detect | None, *, max_s: float, num_bins: int, checks_given: bool = True
+    ) -> None:
+        """`max_s` and `num_bins`: those of `limits`. `checks_given`: whether to doubt a language that was given."""
+        self.job, self.detect, self.num_bins, self.checks_given = job, detect, num_bins, checks_given
         self.max_s = min(job.transcription.max_segment_s, max_s)
 
     def read(self, file: File, *, max_audio_s: float = math.inf) -> Iterator[Piece | Segment]:
@@ -84,7 +86,7 @@ class Reader:
         Raises UserError when it holds no audio or a broken one, and TooLong for more than `max_audio_s`.
         """
         heard, held, held_s = self._heard(file, max_audio_s), [], 0.0
-        for found in heard if self.detect else ():
+        for found in heard if self.detect and (self.checks_given or not file.given) else ():
             held.append(found)
             held_s += found.duration_s if isinstance(found, Piece) else 0
             if held_s >= DETECTION_S:

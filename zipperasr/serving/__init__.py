@@ -12,6 +12,8 @@ class ServingSettings(Settings):
     again later (429). An upload may have `max_upload_mb`, of audio of `max_audio_s`; nothing may come for `idle_s`, and
     it must be there after `upload_s`. A transcript that is not there after `answer_s` is given up. After a signal to
     end, what is in flight has `drain_s`.
+    With `check_language` the language that a request names is doubted where Whisper is sure of another one, as by
+    zipperasr transcribe; its encoder then runs too, which costs about as much as the transcript.
     """
 
     max_requests: PositiveInt = 64
@@ -21,3 +23,4 @@ class ServingSettings(Settings):
     upload_s: PositiveFloat = 120.0
     answer_s: PositiveFloat = 600.0
     drain_s: PositiveFloat = 60.0
+    check_language: bool = False
