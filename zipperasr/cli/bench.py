@@ -5,15 +5,19 @@ features: log-mel extraction beside Lhotse's and the feature extractor of transf
 data: reading, validating, selecting from and packing a synthetic corpus, and how long training takes to start with it.
 train: whole training steps at a given size, beside padded rows and what a user would write.
 decode: transcribing, merged and batched, beside the unmerged model and one utterance at a time.
+serve: a trained run (--run-dir) on real audio (--inputs): transcribe, align, batches of mixed languages, many clients.
 """
 
 import argparse
 import importlib
+import os
 from pathlib import Path
 
 from zipperasr.adapters import REGISTRY
 from zipperasr.bench import LENGTHS, MINI, SIZES
+from zipperasr.cli import recipe
 from zipperasr.cli.recipe import positive
+from zipperasr.errors import UserError
 from zipperasr.model.sizes import QWEN3, WHISPER
 
 BENCHMARKS = {
@@ -27,6 +31,7 @@ BENCHMARKS = {
     "decode": (
         *("size", "encoder", "llm", "method", "context", "utterances", "batch_tokens", "lengths", "rounds", "threads"),
     ),
+    "serve": ("job", "inputs", "clients", "seconds", "rounds", "threads"),
 }  # file of zipperasr/bench -> its options
 
 
@@ -79,6 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-tokens", type=positive, nargs="+", metavar="N",
         help="decode: decoding.max_tokens_per_batch (default: the setting's; on a GPU up to 8 times as many too)",
     )  # fmt: skip
+    serve = parser.add_argument_group("serve")
+    serve.add_argument("--run-dir", type=Path, help="a trained run (needed)")
+    serve.add_argument(
+        "--inputs", nargs="+", metavar="INPUT", default=[],
+        help="manifests of Lhotse or Kaldi data directories that say the language of each (needed)",
+    )  # fmt: skip
+    serve.add_argument("--clients", type=positive, default=32, help="at the same time (default: 32)")
+    serve.add_argument("--seconds", type=positive, default=60, help="for which they call (default: 60)")
     for part in ("encoder", "llm"):
         train.add_argument(
             f"--recompute-{part}", type=_share, default=0.0, help="share of its blocks, 0 to 1 (default: 0)"
@@ -90,11 +103,21 @@ def run(args: argparse.Namespace) -> None:
         from zipperasr.training.process import prepare_process
 
         prepare_process()
+    if args.benchmark == "serve":
+        args.job = _job(args)
     benchmark = importlib.import_module(f"zipperasr.bench.{args.benchmark}")
     report = benchmark.run(**{option: getattr(args, option) for option in BENCHMARKS[args.benchmark]})
     print(report.text())
     if args.json:
         report.write_json(args.json)
+
+
+def _job(args: argparse.Namespace):
+    """What `serve` transcribes with. Raises UserError where there is no such run, or no inputs."""
+    if args.run_dir is None or not args.inputs:
+        raise UserError("bench serve: give a trained run (--run-dir) and audio with its languages (--inputs)")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")  # as transcribe and serve do
+    return recipe.transcription_job(args.run_dir, recipe.load_run(args.run_dir), step=None, average=1)
 
 
 def _share(text: str) -> float:
