@@ -1,9 +1,8 @@
-"""The service with an engine that only pretends, in a thread of this process or (run as a program) in one of its own."""
+"""The service with an engine that only pretends: in a thread of this process or, run as a program, in its own."""
 
 import asyncio
 import contextlib
 import sys
-import tempfile
 import threading
 import time
 import types
@@ -131,11 +130,11 @@ def wait_until(condition, timeout_s: float = 10) -> None:
 
 
 @contextlib.contextmanager
-def held(service: Service, num: int, audio: bytes = AUDIO) -> Iterator[list]:
+def held(service: Service, num: int, **fields) -> Iterator[list]:
     """While `num` requests are in the engine, which does not end them; then what they were answered."""
     service.engine.is_held.set()
     answers: list = []
-    threads = [threading.Thread(target=lambda: answers.append(service.post(audio))) for _ in range(num)]
+    threads = [threading.Thread(target=lambda: answers.append(service.post(**fields))) for _ in range(num)]
     for thread in threads:
         thread.start()
     wait_until(lambda: service.engine.num_open == num)
@@ -145,23 +144,23 @@ def held(service: Service, num: int, audio: bytes = AUDIO) -> Iterator[list]:
         thread.join()
 
 
-def main(argv: list[str]) -> int:
-    """`zipperasr serve` with this engine and default settings but for a short `drain_s`."""
+def main(held_s: str, *argv: str) -> int:
+    """`zipperasr serve` with this engine, which ends nothing for so long after its first request."""
     from zipperasr.cli import main as cli
     from zipperasr.cli import recipe
 
-    class SlowEngine(Engine):
-        def __init__(self, *args, **kwargs) -> None:
-            super().__init__(*args, **kwargs)
-            if tempfile.gettempdir() and "--held" in argv:
+    class Slow(Engine):
+        def transcribe(self, path: Path, **options):
+            if not self.asked:
                 self.is_held.set()
-                threading.Timer(1.0, self.is_held.clear).start()
+                threading.Timer(float(held_s), self.is_held.clear).start()
+            return super().transcribe(path, **options)
 
-    sys.modules["zipperasr.decoding.engine"] = types.SimpleNamespace(Engine=SlowEngine)
+    sys.modules["zipperasr.decoding.engine"] = types.SimpleNamespace(Engine=Slow)
     recipe.load_run = lambda *_, **__: types.SimpleNamespace(serving=ServingSettings(drain_s=5))
     recipe.transcription_job = lambda *_, **__: None
-    return cli.main(["serve", *(arg for arg in argv if arg != "--held")])
+    return cli.main(["serve", *argv])
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))

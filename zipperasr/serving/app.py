@@ -80,10 +80,12 @@ class Service:
         items = self._items(Path(file.name), form.filename, wanted)
         await until_sent.enter_async_context(aclosing(items))
         if not wanted.is_stream:
-            return answers.response(await _unless_gone(request, _last(items)), wanted)
+            answer = answers.response(await _unless_gone(request, _last(items)), wanted)
+            await until_sent.aclose()  # who has the answer finds the slot free
+            return answer
         first = await _unless_gone(request, anext(items))  # what fails at once has a status of its own
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        events = _events(answers.events(_chain(first, items), wanted))
+        events = _events(answers.events(_chain(first, items), wanted), until_sent)
         return StreamingResponse(events, headers=headers, media_type="text/event-stream")
 
     async def _items(self, path: Path, name: str, wanted: fields.Wanted) -> AsyncIterator[str | Segment | Transcript]:
@@ -192,8 +194,8 @@ def _ours() -> Refusal:
     return Refusal(500, "the service failed, which is its own fault; its log says why", code="internal_error")
 
 
-async def _events(found: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
-    """As server-sent events; a failure is one too, as the status is sent already."""
+async def _events(found: AsyncIterator[dict[str, Any]], until_sent: AsyncExitStack) -> AsyncIterator[str]:
+    """As server-sent events; a failure is one too, as the status is sent already. At the end all is given back."""
     try:
         async for value in found:
             yield answers.event(value)
@@ -202,6 +204,7 @@ async def _events(found: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
     except Exception:
         log.exception("a stream failed")
         yield answers.event({"type": "error", **_ours().body()})
+    await until_sent.aclose()
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

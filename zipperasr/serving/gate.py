@@ -31,7 +31,7 @@ class Gate:
         self.app, self.token, self.is_local, self.idle_s, self.metrics = app, token, is_local, idle_s, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status, start = 500, time.monotonic()
+        status, start = 0, time.monotonic()
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -49,10 +49,15 @@ class Gate:
             await refusal.response()(scope, receive, watched)
         except ClientDisconnect:
             status = CLIENT_LEFT
+        except asyncio.CancelledError:  # the service ends, and this has not been done in time
+            if not status:
+                await Refusal(503, "the service has been ended; come again when it runs").response()(
+                    scope, receive, watched
+                )
         finally:
             if scope["path"] == TRANSCRIPTIONS:
                 format_ = getattr(Request(scope).state, "format", "unknown")
-                self.metrics.requests.labels(status, format_).inc()
+                self.metrics.requests.labels(status or 500, format_).inc()
                 self.metrics.rejected.inc(status == 429)
                 self.metrics.request_seconds.observe(time.monotonic() - start)
 
