@@ -10,3 +10,7 @@ class UserError(Exception):
 
 class AlreadySaid(UserError):
     """Another process of the same training fails too, and says why; the command line exits with status 1."""
+
+
+class TooLong(UserError):
+    """There is more audio than is taken."""

@@ -27,6 +27,7 @@ VERBS = {
     "train-aligner": "train a character CTC head on a finished run, for word times",
     "align": "word times and confidences of decoded sets",
     "transcribe": "text or subtitles of audio files of any length, with a trained run",
+    "serve": "an HTTP service with a trained run, as OpenAI's API, and a web page",
     "score": "word or character error rates of decode directories",
     "compare": "whether one system's error rate differs from another's, and where",
     "report": "one page about every scored run, with tables and figures",
