@@ -23,14 +23,12 @@ from zipperasr.decoding.generate import Transcriber
 from zipperasr.decoding.inputs import Source
 from zipperasr.decoding.job import TranscriptionJob
 from zipperasr.decoding.pieces import Piece, decode
-from zipperasr.decoding.reading import File, Reader, TooLong, limits, load_detector
+from zipperasr.decoding.reading import File, Reader, limits, load_detector
 from zipperasr.decoding.transcript import Segment, Transcript
 from zipperasr.decoding.worker import load_model, segment_s
-from zipperasr.errors import UserError
+from zipperasr.errors import TooLong, UserError
 from zipperasr.model.aligner import Aligner
 from zipperasr.model.clock import clock
-
-__all__ = ["Engine", "Fault", "TooLong"]
 
 ROUND_S = 120  # of speech that is decoded before what has come meanwhile has its turn
 AHEAD_S = 240  # of speech that a request may have read and not decoded
@@ -50,6 +48,7 @@ class _Request:
     order: deque[Piece | Segment] = field(default_factory=deque)
     waiting: deque[Piece] = field(default_factory=deque)
     decoded: dict[Piece, Segment] = field(default_factory=dict)
+    is_begun: bool = False  # its language has been told
     is_read: bool = False
     is_dropped: bool = False
 
@@ -57,7 +56,7 @@ class _Request:
     def has_room(self) -> bool:
         return sum(piece.duration_s for piece in self.waiting) < AHEAD_S
 
-    def give(self, event: Segment | Transcript | Exception) -> None:
+    def give(self, event: str | Segment | Transcript | Exception) -> None:
         """To whoever waits, if anybody still does."""
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
@@ -106,9 +105,10 @@ class Engine:
 
     async def transcribe(
         self, path: Path, *, name: str, lang: str | None = None, max_audio_s: float = math.inf
-    ) -> AsyncIterator[Segment | Transcript]:
-        """The segments of an audio file in order, each as soon as it is known, and at last its transcript.
+    ) -> AsyncIterator[str | Segment | Transcript]:
+        """The language of an audio file, then its segments in order, each as soon as it is known, and its transcript.
 
+        There is no language where none was given and nothing is said.
         Without `lang` the language is detected. Closing the generator drops what is not done.
         Raises UserError for bad audio and where nothing can be detected, TooLong for more than `max_audio_s`, and Fault
         where the model fails.
@@ -168,6 +168,9 @@ class Engine:
 
     def _give(self, request: _Request) -> None:
         """What is known of a request's beginning, and its transcript when that is all. Needs the lock."""
+        if request.order and request.file.lang and not request.is_begun:
+            request.is_begun = True
+            request.give(request.file.lang)
         while request.order and (isinstance(request.order[0], Segment) or request.order[0] in request.decoded):
             found = request.order.popleft()
             segment = found if isinstance(found, Segment) else request.decoded.pop(found)

@@ -21,7 +21,7 @@ from zipperasr.decoding.job import TranscriptionJob
 from zipperasr.decoding.pieces import Piece, segment
 from zipperasr.decoding.segments import cut
 from zipperasr.decoding.transcript import Segment, Transcript
-from zipperasr.errors import UserError
+from zipperasr.errors import TooLong, UserError
 from zipperasr.model.encoder import FRAMES_PER_S
 from zipperasr.model.language_id import LanguageDetector
 from zipperasr.model.speech_llm import SpeechLLM
@@ -30,10 +30,6 @@ DETECTION_S = 30  # of speech, in which the language is detected
 UNKNOWN = ""  # the language of a piece before it is detected
 Detect = Callable[[Sequence[Tensor], Collection[str]], dict[str, float]]
 """Probabilities of languages from log-mel features, the most probable first: what a LanguageDetector is."""
-
-
-class TooLong(UserError):
-    """There is more audio than is taken."""
 
 
 @dataclass(eq=False)
