@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -103,9 +104,10 @@ def first_line(job: TranscriptionJob, clip: Clip, rounds: int) -> Row:
 
     def once() -> float:
         began = time.perf_counter()
-        with subprocess.Popen([*_transcribe(job), str(clip.path)], stdout=subprocess.PIPE, text=True) as process:
+        command = [*_transcribe(job), str(clip.path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             if not process.stdout.readline():
-                raise UserError(f"{job.run_dir}: zipperasr transcribe wrote nothing; see above")
+                raise UserError(f"{job.run_dir}: it transcribes nothing; see why by {shlex.join(command)}")
             return time.perf_counter() - began
 
     once()  # reads the libraries from disk
@@ -124,7 +126,8 @@ def long_audio(job: TranscriptionJob, clips: Sequence[Clip], folder: Path) -> Ro
             if (size := size + len(samples)) >= LONG_S * SAMPLE_RATE:
                 break
     began = time.perf_counter()
-    subprocess.run([*_transcribe(job), str(path)], stdout=subprocess.DEVNULL, check=True)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([*_transcribe(job), str(path)], **silent, check=True)
     return _row(LONG, size / SAMPLE_RATE, time.perf_counter() - began)
 
 
@@ -204,8 +207,7 @@ class _Tally:
     outcomes: Counter = field(default_factory=Counter)
     served_s: list[float] = field(default_factory=list)
     audio_s: float = 0.0
-    retries: list[bool] = field(default_factory=list)  # whether the first retry after a 429 was taken
-    errors: Counter = field(default_factory=Counter)
+    errors: set[str] = field(default_factory=set)
 
 
 def load(job: TranscriptionJob, clips: Sequence[Clip], clients: int, seconds: int) -> list[Row]:
@@ -238,14 +240,13 @@ def load(job: TranscriptionJob, clips: Sequence[Clip], clients: int, seconds: in
         "GiB": round(max(memory), 2),
         "memory": round(max(memory[-third:]) / max(memory[:third]), 3),
     }
-    honest = round(sum(tally.retries) / len(tally.retries), 2) if tally.retries else None
-    turned_away = {"case": TURNED_AWAY, "requests": tally.outcomes[TURNED_AWAY], "taken at the next try": honest}
-    failed = {"case": ", ".join([FAILED, *map(str, tally.errors)]) if tally.errors else FAILED}
-    return [served, turned_away, failed | {"requests": tally.outcomes[FAILED]}]
+    turned_away = {"case": TURNED_AWAY, "requests": tally.outcomes[TURNED_AWAY]}
+    failed = {"case": FAILED, "requests": tally.outcomes[FAILED]}
+    return [served, turned_away, failed | ({"errors": ", ".join(tally.errors)} if tally.errors else {})]
 
 
 def _client(number: int, address: str, clips: Sequence[Clip], until: float, tally: _Tally, lock) -> None:
-    draw, was_turned_away = random.Random(number), False
+    draw = random.Random(number)
     with requests.Session() as session:
         while (began := time.perf_counter()) < until:
             clip, wait_s, kind = draw.choice(clips), 0.0, FAILED
@@ -256,19 +257,16 @@ def _client(number: int, address: str, clips: Sequence[Clip], until: float, tall
                 )
                 kind = {200: SERVED, 429: TURNED_AWAY}.get(answer.status_code, FAILED)
                 wait_s = float(answer.headers["Retry-After"]) if kind == TURNED_AWAY else 0.0
-                error = answer.status_code
+                error = str(answer.status_code)
             except (requests.RequestException, KeyError) as exception:
                 error, wait_s = type(exception).__name__, 1.0
             with lock:
                 tally.outcomes[kind] += 1
-                if was_turned_away:
-                    tally.retries.append(kind == SERVED)
                 if kind == SERVED:
                     tally.served_s.append(time.perf_counter() - began)
                     tally.audio_s += clip.duration_s
                 if kind == FAILED:
-                    tally.errors[error] += 1
-            was_turned_away = kind == TURNED_AWAY
+                    tally.errors.add(error)
             time.sleep(min(wait_s, max(0.0, until - time.perf_counter())))
 
 
