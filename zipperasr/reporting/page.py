@@ -29,6 +29,7 @@ from zipperasr.scoring.score import shown
 SECTIONS = {
     "Error rates": ("overview", "table", "significance", "profiles"),
     "What goes wrong": ("guards", "confusion", "stress"),
+    "Cross-check by CTC": ("cross_check",),
     "Cost": ("",),
 }
 """Titles of sections, and how the names of their tables begin; a table belongs to the first that fits."""
@@ -66,6 +67,7 @@ def render(results: Results, made: list[Table], captions: dict[str, str], folder
         csv=csv,
         figures=[_figure(folder / "figures" / name, caption) for name, caption in captions.items()],
         worst=utterances,
+        has_checks=any(utt.check for _, those in utterances for utt in those),
         clips={key: clip if isinstance(clip, str) else _uri("audio/mpeg", clip) for key, clip in clips.items()},
         configs=configs,
         records=[table for table in (_settings(configs), _commands(results.directory)) if table.rows],
@@ -94,6 +96,9 @@ def remarks(results: Results) -> Iterator[str]:
         "Utterances without a hypothesis, counted as deleted": [run.scores[name]["num_missing"] for run, name in pairs],
         "Utterances with an empty reference": [run.scores[name]["num_empty_refs"] for run, name in pairs],
         "Only the first utterances are decoded": [run.meta[name].get("first") for run, name in pairs],
+        "Not cross-checked, since zipperasr align was given other texts (so many differ); run it again": [
+            name in run.checks and run.checks[name].num_stale for run, name in pairs
+        ],
     }.items():
         if some := [f"{run.directory.name}/{name} ({count})" for (run, name), count in zip(pairs, counts) if count]:
             yield f"{what}: {', '.join(some)}."

@@ -16,7 +16,7 @@ import yaml
 
 from zipperasr import config, files
 from zipperasr.errors import UserError
-from zipperasr.reporting import ReportSettings
+from zipperasr.reporting import ReportSettings, cross_check
 from zipperasr.scoring import bootstrap
 from zipperasr.scoring.directory import resample
 from zipperasr.scoring.score import read_per_utt
@@ -85,6 +85,15 @@ class Run:
             return None
         counts = {name: read_per_utt(self.decode_dir(name) / "per_utt") for name in sets}
         return bootstrap.macro((lang_of(name), resample(own, self.scores[name]["set"])) for name, own in counts.items())
+
+    @functools.cached_property
+    def checks(self) -> dict[str, cross_check.Check]:
+        """By set what the CTC head alone hears, where the run has been aligned; errors are of the profile asked for."""
+        aligned = {name: s for name, s in self.scores.items() if (self.decode_dir(name) / cross_check.WORDS).is_file()}
+        return {
+            name: cross_check.read_check(self.decode_dir(name), lang=score["lang"], profile=score["profile"])
+            for name, score in aligned.items()
+        }
 
     def decode_dir(self, name: str) -> Path:
         """The directory of a set's hypotheses."""

@@ -5,11 +5,14 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 from zipperasr import files, languages
+from zipperasr.reporting import cross_check as check
 from zipperasr.reporting import paper
 from zipperasr.reporting.results import ENCODERS, Results, Run, by_language, context, lang_of, mean_rate
 from zipperasr.scoring import bootstrap
+from zipperasr.scoring.score import Counts
 
 CORPORA = {
     "commonvoice": "Common Voice",
@@ -22,6 +25,7 @@ MISSING = "–"
 FLAGS = ("capped", "loop", "script", "redecoded", "cut", "no_speech", "unreadable", "split", "empty")
 SIGNS = ("insertion_bursts", "whole_deletions", "script_mismatch", "language_mismatch")
 SHARES = {"encoder_s": "encoder", "prefill_s": "prefill", "step_s": "steps", "detokenise_s": "detokenise"}
+SIGNALS = ("by CTC", "by LLM")
 Cell = str | float | int | None
 Line = tuple[list[str], list[Run | None]]
 """A row to be: its texts, and the run whose rate each column shows."""
@@ -98,6 +102,7 @@ def all_tables(results: Results) -> list[Table]:
         guards(results),
         *(confusion(results, encoder) for encoder in results.encoders),
         *(stress(run) for run in results.runs if run.stress),
+        *(cross_check(run) for run in results.runs if run.checks),
         cost(results),
     ]
     return [table for table in tables if table.rows]
@@ -285,6 +290,48 @@ def stress_rates(run: Run) -> dict[str, list[float | None]]:
     """The error rates of each set of a stress test, in the order of `run.stress`."""
     sets = sorted({name for scores in run.stress.values() for name in scores}, key=lambda name: (lang_of(name), name))
     return {name: [scores.get(name, {}).get("error_rate") for scores in run.stress.values()] for name in sets}
+
+
+def cross_check(run: Run) -> Table:
+    """How far a run's hypotheses are from what its CTC head alone hears, by set, and whether that tells bad ones."""
+    checks = {name: list(found.utts.values()) for name, found in run.checks.items() if found.utts}
+    means = {name: _means(utts) for name, utts in checks.items()}
+    rows: list[list[Cell]] = [[name, *means[name], *_detections(utts)] for name, utts in checks.items()]
+    if len(rows) > 1:
+        columns = [dict(zip(means, column)) for column in zip(*means.values())]
+        macros = [mean_rate(by_language(checks), column.get) for column in columns]
+        rows.append([f"**All {len(rows)} sets**", *macros, *_detections([u for utts in checks.values() for u in utts])])
+    bold = {(i, 6 + j) for i, row in enumerate(rows) for j in _lowest([cell and -cell for cell in row[6:8]])}
+    bold |= {(i, 8 + j) for i, row in enumerate(rows) for j in _lowest(row[8:10])}
+    header = [("", "Set"), *(("Error rate (%)", label) for label in ("LLM", "CTC alone")), ("", "Disagreement")]
+    header += [("", "Checked"), ("", f"Over {check.BAD}% wrong"), *(("AUC", label) for label in SIGNALS)]
+    header += [(f"To find {check.CAUGHT}%, look at (%)", label) for label in SIGNALS] + [("", "Threshold")]
+    note = (
+        "*Disagreement* (0 to 1): by how many characters the hypothesis is not what the CTC head alone hears; compare "
+        "it within a language. *Checked*: the head knows the characters. *AUC*: the chance that an utterance over "
+        f"{check.BAD}% wrong has more disagreement (by CTC), or a lower log-probability (by LLM), than another; 0.5 is "
+        "luck. *To find*: the most suspicious first; *Threshold*: the disagreement of the last. Bold: the better of "
+        "the two. Error rates and disagreement of all sets: means over languages; the rest is of all utterances."
+    )
+    title = f"Cross-check by CTC, {run.label}, {context(run.encoder)}"
+    return Table(f"cross_check_{run.directory.name}", title, header, rows, bold=frozenset(bold), note=note)
+
+
+def _means(utts: list[check.Checked]) -> list[float | None]:
+    """The error rates of the hypotheses and of what CTC hears, and the mean disagreement."""
+    known = [u.disagreement for u in utts if u.disagreement is not None]
+    totals = (sum(counts, Counts()) for counts in ((u.hyp for u in utts), (u.ctc for u in utts)))
+    return [*(total.error_rate for total in totals), fmean(known) if known else None]
+
+
+def _detections(utts: list[check.Checked]) -> list[Cell]:
+    """How many utterances are checked, and how many bad; AUC, and share to look at, of disagreement and of the LLM."""
+    known = [u for u in utts if u.disagreement is not None]
+    is_bad = [u.is_bad for u in known]
+    signals = [u.disagreement for u in known], [None if u.logprob is None else -u.logprob for u in known]
+    found = [check.detect(is_bad, signal) for signal in signals]
+    cells = [one and getattr(one, key) for key in ("auc", "share") for one in found]
+    return [len(known), sum(is_bad), *cells, found[0] and found[0].threshold]
 
 
 def cost(results: Results) -> Table:

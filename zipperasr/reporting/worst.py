@@ -16,6 +16,7 @@ from typing import Any
 from zipperasr.data import audio, manifests, stream
 from zipperasr.errors import UserError
 from zipperasr.languages import Language
+from zipperasr.reporting.cross_check import Checked
 from zipperasr.reporting.results import Run
 from zipperasr.scoring import normalise
 from zipperasr.scoring.score import Aligned, align, read, read_per_utt
@@ -28,12 +29,13 @@ MP3 = {"format": "MP3", "subtype": "MPEG_LAYER_III", "bitrate_mode": "AVERAGE", 
 
 @dataclasses.dataclass(frozen=True)
 class Utterance:
-    """One aligned utterance of the set `set_name`, and its row of `utts.jsonl` ({} where there is none)."""
+    """One aligned utterance of the set `set_name`, its row of `utts.jsonl` ({} without one), and what CTC hears."""
 
     set_name: str
     language: Language
     aligned: Aligned
     row: dict[str, Any]
+    check: Checked | None = None
 
     @property
     def key(self) -> str:
@@ -66,7 +68,8 @@ def _read(run: Run, name: str, ids: list[str]) -> list[Utterance]:
     split = normalise.splitter(decoded.language, run.scores[name]["headline"])
     hyps = {i: split(decoded.hyps[i]) for i in ids if i in decoded.hyps}
     aligned = (align(i, split(decoded.refs[i]), hyps.get(i)) for i in ids)
-    return [Utterance(name, decoded.language, one, decoded.utts.get(one.id, {})) for one in aligned]
+    checks = run.checks[name].utts if name in run.checks else {}
+    return [Utterance(name, decoded.language, a, decoded.utts.get(a.id, {}), checks.get(a.id)) for a in aligned]
 
 
 def clips(utterances: Sequence[Utterance], data_dir: Path | str) -> dict[str, bytes | str]:

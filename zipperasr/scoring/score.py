@@ -123,7 +123,7 @@ def read(directory: Path | str, *, lang: str | None = None) -> Decoded:
     described = files.read_json(meta) if meta.is_file() else {}
     if not (lang := lang or described.get("lang")):
         raise UserError(f"{directory}: no meta.json that names its language; give it by --lang")
-    rows = _read_utts(utts) if utts.is_file() else {}
+    rows = read_rows(utts) if utts.is_file() else {}
     if others := {row["lang"]: utt_id for utt_id, row in rows.items() if row.get("lang", lang) != lang}:
         found = ", ".join(f"{code} ({utt_id})" for code, utt_id in sorted(others.items()))
         raise UserError(f"{utts}: scored as {lang} but also holds {found}; a set has one language, so split it")
@@ -140,11 +140,12 @@ def _check_whole(directory: Path) -> None:
     raise UserError(f"{directory}: decoding has not ended, {num} utterances are decoded; run its stage again to go on")
 
 
-def _read_utts(path: Path) -> dict[str, dict]:
+def read_rows(path: Path, *, again: str = "decode this set again") -> dict[str, dict]:
+    """The JSON objects of a file's lines by id. Raises UserError, with `again` as the mend, for a broken file."""
     try:
         return {row["id"]: row for row in map(json.loads, read_lines(path))}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a JSON object with an id in each line ({error}); decode this set again") from None
+        raise UserError(f"{path}: not a JSON object with an id in each line ({error}); {again}") from None
 
 
 def read_text(path: Path) -> dict[str, str]:
