@@ -1,5 +1,4 @@
-"""The aligner of a finished run: its CTC head, or one that is trained on its frozen encoder, is told when words begin and
-end.
+"""The aligner of a finished run: its own CTC head, or one trained on its frozen encoder, told when words begin and end.
 
 CTC says each character in a frame or two somewhere within it, so a word begins before its first frame and ends behind
 its last one. By how much is estimated on training data, as the median distance to where the energy of an utterance

@@ -74,8 +74,11 @@ class Trial:
         Its features are zeros, so that nothing is read.
         """
         model, num_bins = self.engine.module.train(), self.engine.module.encoder.conv1.in_channels
-        zeros, ctc = lambda u: torch.zeros(u.num_frames, num_bins), model.units and model.units.targets
-        batch = make_batch(self.rows[:num_rows], features=zeros, ctc_targets=ctc)
+        batch = make_batch(
+            self.rows[:num_rows],
+            features=lambda u: torch.zeros(u.num_frames, num_bins),
+            ctc_targets=model.units and model.units.targets,
+        )
         batch = batch.to(self.engine.device)
         wanted = [p for p in model.parameters() if p.requires_grad]
 
