@@ -1,6 +1,7 @@
 """Give a trained stage-2 run another language: a new run, of which only what is that language's own is trained.
 
-Everything else stays bit-identical, and at the end that is checked. Run again, it goes on where it stopped.
+Everything else stays bit-identical, and at the end that is checked. Run again, it goes on where it stopped. No CTC loss
+is trained, whatever the base was trained with: train-aligner gives the new run its word times.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Train stage 1 or stage 2 of a recipe; run again, it goes on where it stopped."""
+"""Train stage 1 or stage 2 of a recipe; run again, it goes on where it stopped.
+
+Where training.stage<N>.ctc_weight is above 0, the run ends with an aligner (see zipperasr train-aligner).
+"""
 
 from __future__ import annotations
 
