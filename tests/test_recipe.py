@@ -73,6 +73,7 @@ def test_every_test_set_is_decoded_scored_and_reported_after_both_stages(work):
             scores = json.loads((decoded / "scores.json").read_text())
             references = (decoded / "ref").read_text().splitlines()
             assert scores["num_utts"] == len(references) > 0 and scores["num_missing"] == 0
+            assert len((decoded / "words.jsonl").read_text().splitlines()) == len(references)
     overview = (work / "exp" / "report" / "README.md").read_text()
     assert "Zipper-LoRA-Soft" in overview
     assert len(list((work / "exp" / "report" / "figures").glob("*.png"))) >= 4

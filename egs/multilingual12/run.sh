@@ -129,10 +129,12 @@ share_out() {  # <runner of cmd.sh> <command that takes --share>: as one job, or
   fi
 }
 
-decode_and_score() {  # <run>
+decode_and_score() {  # <run>: word times too, where the run has an aligner
   local run=$exp_dir/$1
   share_out "$decode_cmd" zipperasr decode --run-dir "$run" --data-dir "$data_dir" --nj "$nj" --sets "${sets[@]}"
   local/score.sh "${sets[@]/#/$run/decode_}"
+  [ ! -f "$run/aligner/settings.json" ] || $decode_cmd "$exp_dir/log/stage$current.log" \
+    zipperasr align --run-dir "$run" --data-dir "$data_dir" --format json --sets "${sets[@]}"
 }
 
 stress_test() {  # <run>: decode the beginning of every set with every language's adapter and prompt

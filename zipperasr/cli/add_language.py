@@ -1,6 +1,7 @@
 """Give a trained stage-2 run another language: a new run, of which only what is that language's own is trained.
 
-Everything else stays bit-identical, and at the end that is checked. Run again, it goes on where it stopped.
+Everything else stays bit-identical, and at the end that is checked. Run again, it goes on where it stopped. No CTC loss
+is trained, whatever the base was trained with: train-aligner gives the new run its word times.
 """
 
 from __future__ import annotations
@@ -72,15 +73,16 @@ def _base(args: argparse.Namespace) -> recipe.Config:
 
 def _with_language(args: argparse.Namespace, base: recipe.Config) -> recipe.Config:
     """The base's configuration with the language, the setting that trains it, and the overrides."""
-    fixed = [text for text in args.overrides if text.startswith(("stage=", "model", "training.stage2.setting="))]
-    if fixed:
-        raise UserError(f"override '{fixed[0]}': the model is the base's, and --setting names what it is trained on")
+    fixed = ("stage=", "model", "training.stage2.setting=", "training.stage2.ctc_weight=")
+    if given := [text for text in args.overrides if text.startswith(fixed)]:
+        raise UserError(f"override '{given[0]}': the model is the base's, and --setting names what it is trained on")
     scales = {part: by for part, by in base.training.stage2.lr_scale.items() if part.startswith("encoder")}
     values = {
         **_setting(args, base),
         "model.adapter.langs": extended(base.model.adapter, args.lang).langs,
         "training.stage2.setting": args.setting,
         "training.stage2.lr_scale": scales,  # of what is trained
+        "training.stage2.ctc_weight": 0.0,  # its head would have to learn the language's characters too
     }
     overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
     return recipe.load(args.base / "config.yaml", overrides=[*overrides, *args.overrides])

@@ -1,4 +1,7 @@
-"""Train stage 1 or stage 2 of a recipe; run again, it goes on where it stopped."""
+"""Train stage 1 or stage 2 of a recipe; run again, it goes on where it stopped.
+
+Where training.stage<N>.ctc_weight is above 0, the run ends with an aligner (see zipperasr train-aligner).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from typing import TYPE_CHECKING
 from zipperasr import files
 from zipperasr.cli import recipe
 from zipperasr.errors import UserError
-from zipperasr.model import WEIGHTS
+from zipperasr.model import ALIGNER, ALIGNER_SETTINGS, WEIGHTS
 from zipperasr.training import launch, runs
 
 if TYPE_CHECKING:
@@ -58,25 +61,59 @@ def begin_and_train(
             begin(args, whole)
         if (args.run_dir / runs.FINISHED).is_file():
             if is_first:
-                _describe(args.run_dir)
+                _complete(args, whole)
                 print(f"{args.run_dir}: trained already")
             return
         trainer = _trainer(args, whole, build_model)
         if is_first:
             runs.write_language_embeddings(args.run_dir, trainer.engine.module.language_embeddings)
+            if trainer.units:
+                trainer.units.save(args.run_dir)
         trainer.run()
         if is_first:
-            _describe(args.run_dir)
+            _complete(args, whole)
             print(f"{args.run_dir}: trained")
 
 
-def _describe(run_dir: Path) -> None:
-    """Write inspect.json, what `zipperasr inspect` says of a finished run, for the report."""
-    path = run_dir / "inspect.json"
+def _complete(args: argparse.Namespace, whole: recipe.Config) -> None:
+    """Write what a finished run lacks: inspect.json, what `zipperasr inspect` says of it, for the report, and the
+    aligner from the CTC head that it was trained with, if it was."""
+    path = args.run_dir / "inspect.json"
     if not path.is_file():
         from zipperasr.model.inspect import inspect
 
-        files.write_json(path, inspect(run_dir))
+        files.write_json(path, inspect(args.run_dir))
+    if getattr(whole.training, f"stage{whole.stage}").ctc_weight:
+        _write_aligner(args, whole)
+
+
+def _write_aligner(args: argparse.Namespace, whole: recipe.Config) -> None:
+    """Write RUN_DIR/aligner unless there is one of these weights, be it that of `zipperasr train-aligner`."""
+    import torch
+
+    from zipperasr.data.utterances import load_utterances
+    from zipperasr.decoding.worker import segment_s
+    from zipperasr.model.checkpoint import load_run
+    from zipperasr.training import aligner
+
+    settings = getattr(whole.training, f"stage{whole.stage}")
+    weights, folder = runs.final_weights(args.run_dir), args.run_dir / ALIGNER
+    step, digest = int(weights.parent.name.removeprefix("step-")), files.sha256(weights)
+    with files.lock(folder):
+        path = folder / ALIGNER_SETTINGS
+        if path.is_file() and files.read_json(path)["weights"] == digest:
+            return
+        model = load_run(args.run_dir, [step])
+        model.encoder.to("cuda" if torch.cuda.is_available() else "cpu")  # all that is needed
+        aligner.finish(
+            args.run_dir,
+            model,
+            load_utterances(args.data_dir, settings.setting, "train", None, whole.data.features),
+            settings=settings,
+            packing=whole.data.packing,
+            chunk_s=segment_s(model, whole.model.encoder),
+            about={"trained_on": [settings.setting], "step": step, "weights": digest},
+        )
 
 
 def _begin(args: argparse.Namespace, whole: recipe.Config) -> None:
@@ -123,6 +160,8 @@ def _trainer(args: argparse.Namespace, whole: recipe.Config, build_model: Callab
 
     from zipperasr.data.packing import load_examples
     from zipperasr.decoding.errors import count_errors
+    from zipperasr.model.checkpoint import add_ctc
+    from zipperasr.model.ctc import Units
     from zipperasr.training.trainer import Trainer
 
     settings = getattr(whole.training, f"stage{whole.stage}")
@@ -141,6 +180,9 @@ def _trainer(args: argparse.Namespace, whole: recipe.Config, build_model: Callab
     )
     if not train:
         raise UserError(f"data.lists.settings.{settings.setting}.train: no utterances; name a set with a list")
+    if settings.ctc_weight:
+        init = (args.init, runs.final_weights(args.init)) if args.init else None
+        add_ctc(model, Units.of(x.utterance.text for x in train), init)
     return Trainer(
         model,
         train=train,

@@ -141,7 +141,7 @@ class Example:
 class Batch:
     """One micro-batch. Utterances are sorted by language: each language is one contiguous run.
 
-    `features` holds [F_u, bins] per utterance, `targets` end with end-of-text.
+    `features` holds [F_u, bins] per utterance, `targets` end with end-of-text; `ctc_targets` are empty without CTC.
     A batch without utterances is a filler, for a rank that has no row left in the last step of an epoch.
     """
 
@@ -150,6 +150,7 @@ class Batch:
     features: list[Tensor]
     prompts: list[list[int]]
     targets: list[list[int]]
+    ctc_targets: list[list[int]] = field(default_factory=list)
 
     @property
     def num_target_tokens(self) -> int:
@@ -200,7 +201,10 @@ def _split(flat: Tensor, lengths: list[int]) -> list[Tensor]:
 
 
 def make_batch(
-    rows: Sequence[Sequence[Example]], features: Callable[[Utterance], Tensor] = methodcaller("features")
+    rows: Sequence[Sequence[Example]],
+    features: Callable[[Utterance], Tensor] = methodcaller("features"),
+    *,
+    ctc_targets: Callable[[Utterance], list[int]] | None = None,
 ) -> Batch:
     """The micro-batch of some packed rows (each of one language), with the features that are read or computed."""
     examples = list(chain.from_iterable(sorted(rows, key=lambda row: row[0].utterance.lang)))
@@ -210,6 +214,7 @@ def make_batch(
         features=[features(x.utterance) for x in examples],
         prompts=[x.prompt for x in examples],
         targets=[x.target.tolist() for x in examples],
+        ctc_targets=[ctc_targets(x.utterance) for x in examples] if ctc_targets else [],
     )
 
 

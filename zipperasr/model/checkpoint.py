@@ -16,6 +16,7 @@ from zipperasr.adapters import AdapterSettings, adapt, adapted_layers
 from zipperasr.data.tokenizer import load_tokenizer, stand_in_tokenizer
 from zipperasr.errors import UserError
 from zipperasr.model import WEIGHTS, ModelSettings, RunSettings, find_checkpoint, run_of
+from zipperasr.model.ctc import PREFIX, UNITS, CtcHead, Units, load_trained_head
 from zipperasr.model.encoder import ADAPTED, SpeechEncoder
 from zipperasr.model.llm_io import load_llm
 from zipperasr.model.projector import Projector
@@ -113,9 +114,26 @@ def warm_start(model: SpeechLLM, folder: Path, settings: AdapterSettings) -> Non
             raise UserError(f"{path}: encoder.{name} {error}") from error
 
 
+def add_ctc(model: SpeechLLM, units: Units, init: tuple[Path, Path] | None = None) -> None:
+    """Give `model` a CTC head to train. Fresh parameters come from torch's global seed.
+
+    init: the run, and a checkpoint's file of it, whose head is taken over for the characters that both know, if it was
+    trained with one.
+    """
+    device = next(model.parameters()).device
+    model.ctc, model.units = CtcHead(model.encoder.width, len(units)).to(device), units
+    if init and (init[0] / UNITS).is_file():
+        head, theirs = load_trained_head(*init)
+        model.ctc.begin_as(head.to(device), mine=units, theirs=theirs)
+
+
 def read_weights(path: Path, mend: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's file. Raises UserError where it is not there (`mend` says what to do) or broken."""
-    return read_tensors(path, lacking=mend, broken="delete it and train again")
+    """The tensors of a checkpoint's file, but for the CTC head's: nothing but training needs them.
+
+    Raises UserError where it is not there (`mend` says what to do) or broken.
+    """
+    tensors = read_tensors(path, lacking=mend, broken="delete it and train again")
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
 
 
 def _adapt_encoder(encoder: SpeechEncoder, settings: AdapterSettings | None, embeddings: dict[str, Tensor]) -> None:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from zipperasr import alignment
 from zipperasr.adapters import adapted_layers, adapter_state
+from zipperasr.model.ctc import CtcHead, Units
 from zipperasr.model.encoder import SpeechEncoder
 from zipperasr.model.llm import packed_hidden_states, token_losses
 from zipperasr.model.projector import Projector
@@ -26,6 +28,7 @@ class Batch(Protocol):
     langs: list[str]  # utterances of one language are neighbours
     prompts: list[list[int]]
     targets: list[list[int]]  # transcript and end-of-text
+    ctc_targets: list[list[int]]  # units of the CTC head, if there is one; none of an utterance that it leaves out
 
 
 class LossOutput(NamedTuple):
@@ -35,6 +38,16 @@ class LossOutput(NamedTuple):
     num_tokens: int
     utt_loss: Tensor  # [U], detached
     utt_tokens: Tensor  # [U]
+    utt_ctc: Tensor | None = None  # [U] with gradient: the CTC loss of each utterance, if there is a head
+
+    def total(self, ctc_scale: float) -> Tensor:
+        """`loss_sum`, and `ctc_scale` times the sum of the CTC losses."""
+        return self.loss_sum if self.utt_ctc is None else self.loss_sum + ctc_scale * self.utt_ctc.sum()
+
+    def detached(self) -> "LossOutput":
+        """The same without gradients."""
+        ctc = self.utt_ctc if self.utt_ctc is None else self.utt_ctc.detach()
+        return self._replace(loss_sum=self.loss_sum.detach(), utt_ctc=ctc)
 
 
 class SpeechLLM(nn.Module):
@@ -54,6 +67,8 @@ class SpeechLLM(nn.Module):
         self.encoder, self.projector, self.llm = encoder, projector, llm
         self.tokenizer = tokenizer
         self.language_embeddings = language_embeddings  # rows of Whisper's token embedding, frozen
+        self.ctc: CtcHead | None = None  # in training alone (checkpoint.add_ctc)
+        self.units: Units | None = None
 
     def speech_embeddings(
         self, features: Sequence[Tensor], langs: Sequence[str], chunk_s: float | None = None
@@ -76,7 +91,8 @@ class SpeechLLM(nn.Module):
 
     def forward(self, batch: Batch, chunk_s: float | None = None) -> LossOutput:
         """The loss on each utterance's targets, as sums over tokens. Independent of packing and neighbours."""
-        speech = self.speech_embeddings(batch.features, batch.langs, chunk_s)
+        frames, lengths = self.encoder(batch.features, batch.langs, chunk_s)
+        speech = self.projector(frames, lengths)
         inputs = self.decoder_inputs(batch.prompts, speech, batch.targets)
         hidden = packed_hidden_states(self.llm, inputs)  # [T, H]
 
@@ -89,7 +105,18 @@ class SpeechLLM(nn.Module):
         utt_tokens = torch.tensor(num_targets, device=losses.device)
         utterance = torch.arange(len(num_targets), device=losses.device).repeat_interleave(utt_tokens)
         utt_loss = losses.new_zeros(len(num_targets)).index_add(0, utterance, losses.detach())
-        return LossOutput(losses.sum(), sum(num_targets), utt_loss, utt_tokens)
+        utt_ctc = self._ctc_losses(frames, lengths, batch.ctc_targets) if self.ctc else None
+        return LossOutput(losses.sum(), sum(num_targets), utt_loss, utt_tokens, utt_ctc)
+
+    def _ctc_losses(self, frames: Tensor, lengths: Sequence[int], targets: Sequence[Sequence[int]]) -> Tensor:
+        """[U]: the CTC loss of each utterance, from the frames [T, D] of all; 0 without targets."""
+        said = [u for u, ids in enumerate(targets) if ids]
+        losses = torch.zeros(len(targets), device=frames.device)
+        if not said:
+            return losses
+        log_probs = self.ctc(frames).split(list(lengths))
+        some = alignment.ctc_loss([log_probs[u] for u in said], [targets[u] for u in said])
+        return losses.index_add(0, torch.tensor(said, device=frames.device), some)
 
     def merged(self, lang: str | None = None) -> "SpeechLLM":
         """This model for one language, with plain linear layers where the method has them (not FlyLoRA).
@@ -107,14 +134,15 @@ class SpeechLLM(nn.Module):
 def stage_tensors(model: SpeechLLM, stage: int) -> dict[str, Tensor]:
     """What a stage trains and a checkpoint of it holds, by name (section IV-F of arXiv:2603.17558).
 
-    Stage 1: encoder, projector, LLM LoRA. Stage 2: encoder adapters, projector, LLM LoRA. Buffers of adapters are
-    among them: FlyLoRA's frozen A decides what its B means.
+    Stage 1: encoder, projector, LLM LoRA. Stage 2: encoder adapters, projector, LLM LoRA. Both: the CTC head, where
+    there is one. Buffers of adapters are among them: FlyLoRA's frozen A decides what its B means.
     """
     adapters = adapter_state(model)
     belongs = {
         "encoder": lambda name: (name in adapters) == (stage == 2),
         "projector": lambda name: True,
         "llm": lambda name: name in adapters,
+        "ctc": lambda name: True,
     }
     tensors = dict(model.named_parameters()) | adapters
     return {name: t for name, t in tensors.items() if belongs[name.partition(".")[0]](name)}

@@ -18,6 +18,9 @@ class StageSettings(Settings):
     """The setting of the utterance lists: trained on its `train` lists, watched on its `dev` lists."""
     sampling: SamplingSettings = SamplingSettings()
     """How often each language is trained on."""
+    ctc_weight: NonNegativeFloat = 0.0
+    """Weight of a character CTC loss on the encoder, a mean over characters, beside the LLM's loss. The run then has an
+    aligner at its end. At 0 there is none, and the loss is the paper's."""
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = None
     """Steps in place of `epochs`."""

@@ -1,10 +1,11 @@
-"""The aligner of a finished run: a CTC head is trained on the frozen encoder, and told when words begin and end.
+"""The aligner of a finished run: its own CTC head, or one trained on its frozen encoder, told when words begin and end.
 
 CTC says each character in a frame or two somewhere within it, so a word begins before its first frame and ends behind
 its last one. By how much is estimated on training data, as the median distance to where the energy of an utterance
 rises and falls. Legend: F feature frames (100 Hz), T encoder frames (50 Hz), D encoder width.
 """
 
+import json
 import logging
 import math
 import random
@@ -19,14 +20,14 @@ from tqdm import tqdm
 
 from zipperasr import alignment, files
 from zipperasr.data.loader import load_batches
-from zipperasr.data.packing import Example, PackingSettings, Plan, pack
+from zipperasr.data.packing import Example, PackingSettings, Plan, num_speech_tokens, pack
 from zipperasr.data.utterances import Utterance
 from zipperasr.errors import UserError
-from zipperasr.model import ALIGNER, ALIGNER_SETTINGS
+from zipperasr.model import ALIGNER, ALIGNER_SETTINGS, WEIGHTS, find_checkpoint
 from zipperasr.model.aligner import Aligner
-from zipperasr.model.ctc import CtcHead, Units, save_head
+from zipperasr.model.ctc import CtcHead, Units, load_trained_head, save_head
 from zipperasr.model.speech_llm import SpeechLLM
-from zipperasr.training import AlignerSettings
+from zipperasr.training import AlignerSettings, StageSettings
 
 NUM_CALIBRATING = 300
 """Utterances on which the distances are estimated."""
@@ -55,29 +56,81 @@ def train(
     head = CtcHead(model.encoder.width, len(units)).to(device)
     examples = _examples(utterances, units, packing)
     loss = _train(head, model, examples, settings=settings, packing=packing, chunk_s=chunk_s)
-    chosen = random.Random(f"calibrate {settings.seed}").sample(examples, min(len(examples), NUM_CALIBRATING))
-    early_s, late_s = _calibrate(Aligner(head.eval(), units), model, [x.utterance for x in chosen], chunk_s)
+    some = _choose([x.utterance for x in examples], settings.seed)
+    about = {**about, "langs": sorted({u.lang for u in utterances}), "loss": round(loss, 4)}
+    return _write(
+        run_dir, head.eval(), units, model, some, chunk_s=chunk_s, about=about, settings=settings.model_dump()
+    )
+
+
+def finish(
+    run_dir: Path,
+    model: SpeechLLM,
+    utterances: Sequence[Utterance],
+    *,
+    settings: StageSettings,
+    packing: PackingSettings,
+    chunk_s: float,
+    about: dict[str, object],
+) -> dict[str, object]:
+    """Write RUN_DIR/aligner as `train` does, but with the head that the run was trained with on `utterances`.
+
+    Raises UserError where it has none, or no utterance is long enough for its text.
+    """
+    head, units = load_trained_head(run_dir, find_checkpoint(run_dir, about["step"]) / WEIGHTS)
+    some = _choose(_trainable(utterances, units, packing), settings.seed)
+    with open(run_dir / "log.jsonl", encoding="utf-8") as stream:
+        losses = [json.loads(line)["ctc_loss"] for line in stream]
+    about = {**about, "langs": sorted({u.lang for u in utterances}), "loss": round(_last_tenth(losses), 4)}
+    head = head.to(next(model.encoder.parameters()).device)
+    with_run = {"ctc_weight": settings.ctc_weight, "seed": settings.seed}
+    return _write(run_dir, head, units, model, some, chunk_s=chunk_s, about=about, settings=with_run)
+
+
+def _write(
+    run_dir: Path,
+    head: CtcHead,
+    units: Units,
+    model: SpeechLLM,
+    some: Sequence[Utterance],
+    *,
+    chunk_s: float,
+    about: dict[str, object],
+    settings: dict[str, object],
+) -> dict[str, object]:
+    """Calibrate a head on `some` utterances and write it; settings.json comes last."""
+    early_s, late_s = _calibrate(Aligner(head, units), model, some, chunk_s)
     save_head(run_dir / ALIGNER, head, units)
-    about = {**about, "langs": sorted({u.lang for u in utterances})}
-    said = {**about, "loss": round(loss, 4), "early_s": round(early_s, 4), "late_s": round(late_s, 4)}
-    files.write_json(run_dir / ALIGNER / ALIGNER_SETTINGS, {**said, "settings": settings.model_dump()})
+    said = {**about, "early_s": round(early_s, 4), "late_s": round(late_s, 4)}
+    files.write_json(run_dir / ALIGNER / ALIGNER_SETTINGS, {**said, "settings": settings})
     return said
 
 
-def _examples(utterances: Sequence[Utterance], units: Units, packing: PackingSettings) -> list[Example]:
-    """What can be trained on: texts that the audio is long enough for, in rows that are long enough for both."""
-    examples = [Example(u, [], np.array(units.encode(u.text))) for u in utterances]
-    fitting = [
-        x
-        for x in examples
-        if 0 < alignment.min_frames(x.target.tolist()) <= (x.utterance.num_frames + 1) // 2
-        and x.num_tokens <= packing.max_tokens_per_row
-    ]
-    if num_left_out := len(examples) - len(fitting):
-        logging.warning("%d of %d utterances left out: no text, or one too long", num_left_out, len(examples))
+def _choose(utterances: Sequence[Utterance], seed: int) -> list[Utterance]:
+    """Those to calibrate on."""
+    return random.Random(f"calibrate {seed}").sample(utterances, min(len(utterances), NUM_CALIBRATING))
+
+
+def _trainable(utterances: Sequence[Utterance], units: Units, packing: PackingSettings) -> list[Utterance]:
+    """Those with a text that the audio is long enough for, and both together no longer than a row."""
+    sizes = [len(units.targets(u)) for u in utterances]
+    most = packing.max_tokens_per_row
+    fitting = [u for u, n in zip(utterances, sizes) if 0 < n <= most - num_speech_tokens(u.num_frames)]
+    if num_left_out := len(utterances) - len(fitting):
+        logging.warning("%d of %d utterances left out: no text, or one too long", num_left_out, len(utterances))
     if not fitting:
         raise UserError("no utterance to train the aligner on; give a setting with train lists (--setting)")
     return fitting
+
+
+def _last_tenth(losses: Sequence[float]) -> float:
+    """The mean of the losses of the last tenth of the steps."""
+    return float(np.mean(losses[-max(len(losses) // 10, 1) :]))
+
+
+def _examples(utterances: Sequence[Utterance], units: Units, packing: PackingSettings) -> list[Example]:
+    """What can be trained on."""
+    return [Example(u, [], np.array(units.targets(u))) for u in _trainable(utterances, units, packing)]
 
 
 def _train(
@@ -115,13 +168,13 @@ def _train(
         schedule.step()
         losses.append(loss.item())
         bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-    return float(np.mean(losses[-max(total // 10, 1) :]))
+    return _last_tenth(losses)
 
 
 @torch.no_grad()
 def _encode(model: SpeechLLM, features: Sequence[Tensor], langs: Sequence[str], chunk_s: float):
     """Encoder frames [T, D] of all utterances, and the number of each one's."""
-    device = next(model.parameters()).device
+    device = next(model.encoder.parameters()).device
     return model.encoder([x.to(device) for x in features], langs, chunk_s)
 
 

@@ -77,7 +77,8 @@ def _figures(row: dict[str, Any]) -> str:
     figures = f"loss {row['loss']:.3f}, {row['audio_s_per_s']:,.0f} h/h, {row['tokens_per_s']:,.0f} tokens/s"
     figures += f", {row['tflops']:.1f} TFLOP/s" if row["tflops"] >= 1 else ""
     figures += f" (MFU {row['mfu']:.0%})" if "mfu" in row else ""
-    return figures + "".join(f", {name} {row[name]:.2f}" for name in ("dev_loss", "dev_error") if name in row)
+    others = ("ctc_loss", "dev_loss", "dev_error")
+    return figures + "".join(f", {name} {row[name]:.2f}" for name in others if name in row)
 
 
 def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:

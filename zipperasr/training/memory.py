@@ -74,12 +74,16 @@ class Trial:
         Its features are zeros, so that nothing is read.
         """
         model, num_bins = self.engine.module.train(), self.engine.module.encoder.conv1.in_channels
-        batch = make_batch(self.rows[:num_rows], features=lambda u: torch.zeros(u.num_frames, num_bins))
+        batch = make_batch(
+            self.rows[:num_rows],
+            features=lambda u: torch.zeros(u.num_frames, num_bins),
+            ctc_targets=model.units and model.units.targets,
+        )
         batch = batch.to(self.engine.device)
         wanted = [p for p in model.parameters() if p.requires_grad]
 
         def both_passes() -> None:
-            torch.autograd.grad(model(batch, self.chunk_s).loss_sum, wanted, allow_unused=True)
+            torch.autograd.grad(model(batch, self.chunk_s).total(1.0), wanted, allow_unused=True)
 
         try:
             peak = peak_bytes(both_passes, self.engine.device)

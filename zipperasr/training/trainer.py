@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
 from zipperasr import adapters, files
 from zipperasr.data.augment import SpecAugmentSettings
@@ -27,7 +27,7 @@ from zipperasr.data.utterances import Utterance
 from zipperasr.errors import AlreadySaid, UserError
 from zipperasr.model import EncoderSettings
 from zipperasr.model.cost import Load, Shape, flops
-from zipperasr.model.speech_llm import SpeechLLM
+from zipperasr.model.speech_llm import LossOutput, SpeechLLM
 from zipperasr.training import StageSettings, checkpoints, engine, memory, runs
 from zipperasr.training.log import RunLog
 from zipperasr.training.preflight.estimate import peak_tflops
@@ -39,8 +39,8 @@ MEMORY = 0.98
 ALARM = 1.5
 """The running mean of the loss over its lowest value, from which on it is said that training diverges."""
 
-Losses = list[tuple[Batch, Tensor]]
-"""Micro-batches with the loss of each utterance, summed over its tokens [U]."""
+Losses = list[tuple[Batch, LossOutput]]
+"""Micro-batches with the losses of their utterances, detached."""
 CountErrors = Callable[[SpeechLLM, Sequence[Utterance]], Mapping[str, tuple[int, int]]]
 """Transcribes utterances: errors and length of the references by language."""
 
@@ -66,7 +66,8 @@ class Counts:
 class Trainer:
     """Trains what requires gradients in `model`, from the newest checkpoint of `run_dir` to the last step.
 
-    model(batch, chunk_s) gives `loss_sum`, summed over the tokens of the micro-batch, and `utt_loss` [U], detached.
+    model(batch, chunk_s) gives `loss_sum`, summed over the tokens of the micro-batch, and `utt_loss` [U], detached; and
+    where the settings give CTC a weight, `utt_ctc` [U], from the head that `model` must have (checkpoint.add_ctc).
     """
 
     def __init__(
@@ -84,6 +85,8 @@ class Trainer:
     ):
         self.settings, self.packing, self.encoder, self.run_dir = settings, packing, encoder, run_dir
         self.spec_augment, self.count_errors = spec_augment, count_errors
+        self.units = model.units
+        assert bool(self.units) == (settings.ctc_weight > 0), "a CTC head, and a weight for its loss"
         self.shape = Shape.of_model(model, model.stage)
         self.frozen = engine.frozen_tensors(model)
         self.engine = engine.start(model, settings)
@@ -168,7 +171,7 @@ class Trainer:
         rows = pack(self.dev, seed=self.settings.seed, max_tokens=self.packing.max_tokens_per_row)
         plan = Plan(rows, self.state.rows_per_batch, self.num_ranks, self.settings.seed)
         batches = self._load(self.dev, plan, range(plan.steps_per_epoch))
-        losses = [(b, self.engine.module(b.to(self.engine.device), chunk_s).utt_loss) for b in batches if b.ids]
+        losses = [(b, self.engine.module(b.to(self.engine.device), chunk_s)) for b in batches if b.ids]
         return {f"dev_{name}": value for name, value in self._losses(losses, self._count(losses).num_targets).items()}
 
     def _dev_error(self) -> dict[str, Any]:
@@ -236,8 +239,8 @@ class Trainer:
         raise UserError(f"{self.run_dir}: {reason}") if self.rank == 0 else AlreadySaid
 
     def _load(self, examples: Sequence[Example], plan: Plan, steps: range, **more) -> Iterator[Batch]:
-        ranks = {"rank": self.rank, "num_ranks": self.num_ranks}
-        return iter(load_batches(examples, plan, steps=steps, num_workers=self.settings.num_workers, **ranks, **more))
+        more |= {"rank": self.rank, "num_ranks": self.num_ranks, "ctc_targets": self.units and self.units.targets}
+        return iter(load_batches(examples, plan, steps=steps, num_workers=self.settings.num_workers, **more))
 
     def _batches(self, steps: range) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step."""
@@ -258,6 +261,7 @@ class Trainer:
         lr = engine.learning_rate(state.step, total_steps=self.total_steps, settings=self.settings)
         engine.set_learning_rate(zero, lr)
         zero.module.train()
+        ctc_scale = self._ctc_scale()
         losses: Losses = []
         began, work, error = time.monotonic(), 0.0, None
         with zero.coalesce_grad_reduction():
@@ -269,8 +273,8 @@ class Trainer:
                 for batch in batches:
                     if batch.ids:
                         output = zero(batch.to(zero.device), chunk_s)
-                        zero.backward(output.loss_sum)
-                        losses.append((batch, output.utt_loss))
+                        zero.backward(output.total(ctc_scale))
+                        losses.append((batch, output.detached()))
                         work += sum(flops(self.shape, Load.of(batch, chunk_s)).values())
             except Exception as caught:  # the other ranks are waiting: tell them before it is raised
                 error = self._mendable(caught)
@@ -284,7 +288,7 @@ class Trainer:
         engine.rest(zero, counts.resting)
         zero.step()
         row = self._losses(losses, counts.num_targets)  # not before: a GPU still has work until here
-        self._check_loss(row["loss"], losses)
+        self._check_loss(row, losses)
         if not zero.was_step_applied():
             self._stop_at(losses, "a gradient is not finite")
         if self.balances:
@@ -293,6 +297,19 @@ class Trainer:
         epoch = round(state.step / self.plan.steps_per_epoch, 4)
         row = {"step": state.step, "epoch": epoch, **row, "lr": lr, "chunk_s": chunk_s, "waited_s": waited_s}
         return counts, row | {"grad_norm": float(zero.get_global_grad_norm())}
+
+    def _ctc_scale(self) -> float:
+        """The factor on this step's sums of CTC losses, 0 without CTC.
+
+        Gradients are divided by the target tokens of the global batch (`_scale_gradients`), and those of CTC are to be
+        by its own targets. How many there are of both is known to every rank, from the plan.
+        """
+        if not self.units:
+            return 0.0
+        slots = [self.plan.slot_rows(self.state.step, slot) for slot in range(self.plan.num_slots)]
+        examples = [self.train[i] for row in chain.from_iterable(slots) for i in row]
+        num_units = sum(len(self.units.targets(x.utterance)) for x in examples)
+        return self.settings.ctc_weight * sum(len(x.target) for x in examples) / max(num_units, 1)
 
     def _mendable(self, error: Exception) -> Exception:
         """The exception, or what a user can do where a GPU's memory is too small."""
@@ -318,16 +335,28 @@ class Trainer:
         return Counts(by_lang, *islice(sums, 5), dict(zip(self.own, sums, strict=True)))
 
     def _losses(self, losses: Losses, num_targets: Mapping[str, float]) -> dict[str, Any]:
-        """The mean over target tokens, of all ranks, whole and by language."""
+        """The mean over target tokens, of all ranks, whole and by language; and that over CTC's targets, if any."""
         where = {lang: i for i, lang in enumerate(self.langs)}
         device = self.engine.device
         sums = torch.zeros(len(where), dtype=torch.float64, device=device)  # [L]
-        for batch, utt_loss in losses:
-            sums.index_add_(0, torch.tensor([where[lang] for lang in batch.langs], device=device), utt_loss.double())
+        for batch, output in losses:
+            langs = torch.tensor([where[lang] for lang in batch.langs], device=device)
+            sums.index_add_(0, langs, output.utt_loss.double())
         distributed.all_reduce(sums)
         by_lang = dict(zip(self.langs, sums.tolist(), strict=True))
         mean = sum(by_lang.values()) / sum(num_targets.values())
-        return {"loss": mean, "loss_per_lang": {lang: by_lang[lang] / n for lang, n in num_targets.items() if n}}
+        per_lang = {lang: by_lang[lang] / n for lang, n in num_targets.items() if n}
+        return {"loss": mean, "loss_per_lang": per_lang} | (self._ctc_loss(losses) if self.units else {})
+
+    def _ctc_loss(self, losses: Losses) -> dict[str, float]:
+        """The mean over CTC's targets, of all ranks."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.engine.device)  # losses, targets
+        for batch, output in losses:
+            sums[0] += output.utt_ctc.double().sum()
+            sums[1] += sum(map(len, batch.ctc_targets))
+        distributed.all_reduce(sums)
+        total, num_units = sums.tolist()
+        return {"ctc_loss": total / max(num_units, 1)}
 
     def _scale_gradients(self, factor: float, *, resting: set[str]) -> None:
         """Make the gradients exist on every rank, `factor` times what they are, but for those of `resting` languages.
@@ -342,11 +371,13 @@ class Trainer:
                 parameter.grad = torch.zeros_like(parameter)
         torch._foreach_mul_([p.grad for p in active], factor)
 
-    def _check_loss(self, loss: float, losses: Losses) -> None:
+    def _check_loss(self, row: dict[str, Any], losses: Losses) -> None:
         """Stop at a loss that is not finite or has exploded; else follow its running mean."""
-        mean, ratio = self.state.mean_loss, self.settings.max_loss_ratio
+        loss, mean, ratio = row["loss"], self.state.mean_loss, self.settings.max_loss_ratio
         if not math.isfinite(loss):
             self._stop_at(losses, f"the loss is {loss}")
+        if not math.isfinite(row.get("ctc_loss", 0.0)):
+            self._stop_at(losses, f"the CTC loss is {row['ctc_loss']}")
         if mean is not None and loss > ratio * max(mean, 1):
             self._stop_at(losses, f"the loss is {loss:.3g}, over {ratio:g} times its running mean {mean:.3g}")
         self.state.mean_loss = loss if mean is None else MEMORY * mean + (1 - MEMORY) * loss
@@ -356,8 +387,10 @@ class Trainer:
         """Write the global batch to bad_batch.json, worst utterances first, and raise UserError."""
         mine = [
             {"id": utt_id, "lang": lang, "loss": loss / len(target)}
-            for batch, utt_loss in losses
-            for utt_id, lang, target, loss in zip(batch.ids, batch.langs, batch.targets, utt_loss.tolist(), strict=True)
+            for batch, output in losses
+            for utt_id, lang, target, loss in zip(
+                batch.ids, batch.langs, batch.targets, output.utt_loss.tolist(), strict=True
+            )
         ]
         parts: list[Any] = [None] * self.num_ranks
         distributed.all_gather_object(parts, mine)
