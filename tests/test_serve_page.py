@@ -22,7 +22,8 @@ import zipperasr
 PAGE = (Path(zipperasr.__file__).parent / "serving" / "page.html").read_text(encoding="utf-8")
 EVIL = "<img src=x onerror='window.evil=1'><b id=evil>"
 MODEL = {
-    "id": "mini", "object": "model", "created": 0, "owned_by": "zipperasr", "word_times": True, "detects_language": True,
+    "id": "mini", "object": "model", "created": 0, "owned_by": "zipperasr",
+    "word_times": True, "detects_language": True,
     "languages": [{"code": "de", "name": "German"}, {"code": "ar", "name": "Arabic"}, {"code": "th", "name": "Thai"}],
     "max_upload_mb": 1, "max_audio_s": 3600,
 }  # fmt: skip
@@ -57,8 +58,8 @@ def done(*, flags=(), language="de", probability=0.98, detected="de", warnings=(
     """The last event, with subtitles that nothing else here could make."""
     transcription = {"language": language, "language_probability": probability, "detected_language": detected,
                      "duration": 4.0, "flags": list(flags), "warnings": list(warnings)}  # fmt: skip
-    return {"type": "transcript.text.done", "text": "", "srt": "1\n00:00 --> ü\r\n\n", "vtt": "WEBVTT\n\n\ufeffü &amp;\n",
-            "transcription": transcription}  # fmt: skip
+    return {"type": "transcript.text.done", "text": "", "srt": "1\n00:00 --> ü\r\n\n",
+            "vtt": "WEBVTT\n\n\ufeffü &amp;\n", "transcription": transcription}  # fmt: skip
 
 
 GERMAN = segment(
@@ -443,8 +444,8 @@ def test_a_model_without_words_or_detection_gives_text_and_languages_alone(opene
 
 def test_hostile_text_names_and_messages_stay_text(opened, service):
     tab = opened()
-    service.answers += [[segment(0, 0, 1, EVIL, [(EVIL, 0, 1, 0.9)], flags=[EVIL], lang=EVIL), done(language=EVIL, warnings=[EVIL])],
-                        (400, {}, error(EVIL))]  # fmt: skip
+    said = segment(0, 0, 1, EVIL, [(EVIL, 0, 1, 0.9)], flags=[EVIL], lang=EVIL)
+    service.answers += [[said, done(language=EVIL, warnings=[EVIL])], (400, {}, error(EVIL))]  # fmt: skip
     upload(tab, name="<img src=x>.wav")
     status(tab, "Done.")
     for part in (".text", ".word", ".flag", "#remarks li"):
@@ -488,7 +489,8 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways_and_with_contrast(op
     tab.evaluate("player.currentTime = 0.7")  # a doubtful word is marked
     tab.locator("[aria-current]").wait_for()
     assert tab.evaluate("document.scrollingElement.scrollWidth") <= 360
-    small = "all => all.map(one => one.getBoundingClientRect()).filter(box => box.width && Math.min(box.width, box.height) < 24).length"
+    small = """all => all.map(one => one.getBoundingClientRect())
+        .filter(box => box.width && Math.min(box.width, box.height) < 24).length"""
     assert tab.locator("button, select, input").evaluate_all(small) == 0  # the size that WCAG 2.2 asks of targets
     faint = tab.evaluate(
         """() => {
@@ -504,7 +506,8 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways_and_with_contrast(op
             const [a, b] = [getComputedStyle(one).color, under(behind)].map(luminance);
             return (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
           };
-          const texts = [...document.querySelectorAll("body *")].filter(one => one.checkVisibility() && one.innerText && !one.disabled);
+          const texts = [...document.querySelectorAll("body *")]
+            .filter(one => one.checkVisibility() && one.innerText && !one.disabled);
           return [texts.length, texts.filter(one => contrast(one) < 4.5).map(one => one.outerHTML)];
         }"""
     )
