@@ -569,6 +569,18 @@ def test_metrics_count_what_has_been_done(start):
         assert f"zipperasr_{line}\n" in text
 
 
+def test_the_example_of_the_readme_runs(service, tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    (tmp_path / "talk.wav").write_bytes(AUDIO)
+    monkeypatch.chdir(tmp_path)
+    assert "http://127.0.0.1:8000/" in example and '"zipper_soft_full"' in example
+    example = example.replace("http://127.0.0.1:8000", service.url).replace("zipper_soft_full", "mini")
+    exec(compile(example, "README.md", "exec"), {})
+    words = [(word.start_s, word.text) for segment in SEGMENTS for word in segment.words]
+    assert capsys.readouterr().out == f"de {TEXT} {words}\n"
+
+
 def test_requests_of_one_connection_follow_each_other(service):
     with requests.Session() as session:
         for _ in range(3):
