@@ -473,6 +473,8 @@ def test_a_client_that_leaves_is_forgotten(start, fields):
         wait_until(lambda: service.engine.num_open == 1)
     wait_until(lambda: service.engine.num_open == 0 and service.health()["in_flight"] == 0)
     assert not list(service.folder.iterdir())
+    wait_until(lambda: "requests_total{" in service.get("/metrics").text)
+    assert 'status="500"' not in service.get("/metrics").text  # nor is it a fault
     service.engine.is_held.clear()
     assert service.post().status_code == 200
 
