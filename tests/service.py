@@ -51,9 +51,9 @@ class Engine:
             with open(path, "rb") as stream:
                 head = stream.read(5)
             if head.startswith(b"bad"):
-                raise UserError(f"{path}: not audio; send another file")
+                raise UserError(f"{name}: not audio; send another file")
             if head.startswith(b"long"):
-                raise TooLong(f"{path}: longer than {max_audio_s:g} s; cut it")
+                raise TooLong(f"{name}: longer than {max_audio_s:g} s; cut it")
             if head == b"fault":
                 raise RuntimeError("a secret")
             yield lang or "de"

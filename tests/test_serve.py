@@ -535,6 +535,14 @@ def test_names_of_other_sites_that_lead_here_are_refused(service, host, status):
     assert service.get("/healthz", Host=host).status_code == status
 
 
+def test_with_a_token_the_service_may_stand_behind_a_proxy(start):
+    service = start(token="sesame")
+    proxied = {"Host": "asr.example", "Origin": "https://asr.example"}
+    assert service.get("/", **proxied).status_code == 200
+    assert service.post(headers={**proxied, "Authorization": "Bearer sesame"}).status_code == 200
+    assert service.post(headers=proxied).status_code == 401
+
+
 def test_the_page_may_run_its_own_script_only(service):
     answer = service.get("/")
     policy = dict(rule.split(" ", 1) for rule in answer.headers["Content-Security-Policy"].split("; "))

@@ -30,6 +30,8 @@ from zipperasr.errors import TooLong, UserError
 from zipperasr.model.aligner import Aligner
 from zipperasr.model.clock import clock
 
+log = logging.getLogger(__name__)
+
 ROUND_S = 120  # of speech that is decoded before what has come meanwhile has its turn
 AHEAD_S = 240  # of speech that a request may have read and not decoded
 
@@ -163,7 +165,7 @@ class Engine:
             request.give(kind(str(error).replace(path, request.file.source.name)))
         except Exception as error:
             if not isinstance(error, Fault):
-                logging.exception("reading failed")
+                log.exception("reading failed")
             request.give(error if isinstance(error, Fault) else Fault("the audio could not be read"))
 
     def _give(self, request: _Request) -> None:
@@ -206,7 +208,7 @@ class Engine:
                 try:
                     asked.set_result(self.detector(*what))
                 except Exception:
-                    logging.exception("detecting a language failed")
+                    log.exception("detecting a language failed")
                     asked.set_exception(Fault("the language could not be detected"))
             if owners:
                 self._decode(owners)
@@ -242,7 +244,7 @@ class Engine:
                         request.decoded[piece] = segment
                         self._give(request)
         except Exception:
-            logging.exception("decoding %d of %d segments failed", len(left), len(owners))
+            log.exception("decoding %d of %d segments failed", len(left), len(owners))
             if len(owners) == 1:
                 for request in left.values():
                     request.give(Fault("a segment could not be decoded"))

@@ -102,8 +102,7 @@ class Service:
                         self.metrics.audio_seconds.inc(item.duration_s)
                         return
             except UserError as error:
-                status, message = 413 if isinstance(error, TooLong) else 400, str(error).replace(str(path), name)
-                raise Refusal(status, message, param="file") from error
+                raise Refusal(413 if isinstance(error, TooLong) else 400, str(error), param="file") from error
             except TimeoutError as error:
                 mend = "send less audio, or come again when less is going on"
                 raise Refusal(

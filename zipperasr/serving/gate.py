@@ -22,9 +22,11 @@ CLIENT_LEFT = 499
 class Gate:
     """Middleware that refuses at the headers, counts what becomes of transcription requests, and drops slow readers.
 
-    `token` is asked for everywhere but at OPEN, if there is one. `is_local`: only this machine is served, so the name
-    by which a browser knows the service is `localhost` or a loopback address; another site's name that leads here (DNS
-    rebinding) is refused. An answer of which nothing can be sent for `idle_s` is given up.
+    `token` is asked for everywhere but at OPEN, if there is one. Where there is none, pages of other sites are refused;
+    and if only this machine is served (`is_local`), so is every name by which a browser may know the service but
+    `localhost` and loopback addresses, as another site's name may lead here (DNS rebinding). With a token, which such a
+    page does not know, the service may stand behind a proxy under any name.
+    An answer of which nothing can be sent for `idle_s` is given up.
     """
 
     def __init__(self, app: ASGIApp, *, token: str | None, is_local: bool, idle_s: float, metrics: Metrics) -> None:
@@ -63,12 +65,16 @@ class Gate:
 
     def _check(self, headers: Headers, path: str) -> None:
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self.is_local and not _is_loopback(host):
+        if self.token:
+            self._check_token(headers, path)
+        elif self.is_local and not _is_loopback(host):
             raise Refusal(403, f"Host is {host!a}, and only this machine is served; call it localhost")
-        if origin is not None and urlsplit(origin).netloc != host:
+        elif origin is not None and urlsplit(origin).netloc != host:
             raise Refusal(403, f"Origin is {origin!a}: pages of other sites are not served; call from a program")
+
+    def _check_token(self, headers: Headers, path: str) -> None:
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        if self.token and path not in OPEN:
+        if path not in OPEN:
             is_same = hmac.compare_digest(given.strip().encode("latin-1"), self.token.encode())
             if scheme.lower() != "bearer" or not is_same:
                 what = "the token is not the service's" if given else "there is no token"

@@ -23,6 +23,7 @@ LOGGING = {
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "short"}},
     "loggers": {
         "uvicorn.error": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
+        "zipperasr": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
         "uvicorn.access": {"handlers": ["stderr"], "level": "INFO", "propagate": False},
     },
 }
