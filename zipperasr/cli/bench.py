@@ -10,7 +10,6 @@ serve: a trained run (--run-dir) on real audio (--inputs): transcribe, align, ba
 
 import argparse
 import importlib
-import os
 from pathlib import Path
 
 from zipperasr.adapters import REGISTRY
@@ -116,7 +115,7 @@ def _job(args: argparse.Namespace):
     """What `serve` transcribes with. Raises UserError where there is no such run, or no inputs."""
     if args.run_dir is None or not args.inputs:
         raise UserError("bench serve: give a trained run (--run-dir) and audio with its languages (--inputs)")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")  # as transcribe and serve do
+    recipe.bound_memory()
     return recipe.transcription_job(args.run_dir, recipe.load_run(args.run_dir), step=None, average=1)
 
 

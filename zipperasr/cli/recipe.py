@@ -1,6 +1,7 @@
 """The whole configuration of a recipe: every package's section, and the checks that need more than one section."""
 
 import argparse
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -108,6 +109,14 @@ def _trained_languages(whole: Config) -> tuple[str, ...]:
         return tuple(whole.model.adapter.langs)
     sets = whole.data.lists.settings[getattr(whole.training, f"stage{whole.stage}").setting].train
     return tuple(dict.fromkeys(name.split("_")[1] for name in sets))
+
+
+def bound_memory() -> None:
+    """Bound what oneDNN keeps for each shape of a batch, of which hardly two are alike: 300 MB an hour of audio.
+
+    To be called before torch is loaded.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 
 def share(text: str) -> tuple[int, int]:

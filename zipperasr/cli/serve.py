@@ -32,8 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serve until a signal ends it. Raises UserError where the run or the address cannot be had."""
-    # oneDNN keeps what it has made for each shape of a batch, and hardly two are alike
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+    recipe.bound_memory()
     from zipperasr.serving import app, server
     from zipperasr.serving.metrics import Metrics
 

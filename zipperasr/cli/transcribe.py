@@ -8,7 +8,6 @@ skipped, unless the audio, the model or a setting has changed.
 import argparse
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -143,8 +142,7 @@ def _transcripts(todo: Sequence["Source"], job: "TranscriptionJob", nj: int):
     """As zipperasr.decoding.transcribe.transcribe, with a progress bar in seconds of audio."""
     if not todo:
         return
-    # oneDNN keeps what it has made for each shape of a batch, and hardly two are alike: 300 MB an hour of audio
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+    recipe.bound_memory()
     from zipperasr.decoding.transcribe import transcribe
 
     total_s = sum(source.duration_s for source in todo) if len(todo) <= MAX_PROBED else None

@@ -8,11 +8,12 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+from zipperasr.alignment.words import OUTPUTS
 from zipperasr.errors import UserError
 from zipperasr.scoring import normalise
 from zipperasr.scoring.score import Counts, align, read, read_rows
 
-WORDS = "words.jsonl"
+WORDS = OUTPUTS["json"]
 BAD = 50
 """Errors in percent of the reference above which an utterance is bad; one with an empty reference is with any."""
 CAUGHT = 90
