@@ -698,6 +698,17 @@ def test_a_port_in_use_is_said_in_one_line_before_the_model_is_loaded(service, s
     assert not stubbed
 
 
+def test_of_two_services_that_bound_one_port_at_once_the_later_one_says_so_in_one_line(tmp_path):
+    first = server.bind("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    with first, server.bind("127.0.0.1", port) as later:
+        first.listen()
+        made = helper.Service(tmp_path / "uploads")
+        made.bound.close()
+        with pytest.raises(UserError, match=f"^127.0.0.1:{port}: address already in use; give another --port"):
+            server.serve(made.app, later, made.settings, greeting="serving")
+
+
 @pytest.mark.parametrize(
     ("host", "token", "warns"), [("0.0.0.0", None, True), ("0.0.0.0", "x", False), ("::1", None, False)]
 )

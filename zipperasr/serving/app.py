@@ -149,7 +149,7 @@ class Service:
         script, style = (_hashes(html, tag) for tag in ("script", "style"))
         policy = (
             f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; media-src blob:; "
-            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
         headers = {
             "Content-Security-Policy": policy,

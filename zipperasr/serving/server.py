@@ -41,9 +41,13 @@ def bind(host: str, port: int) -> socket.socket:
         found.bind(address)
     except OSError as error:
         found.close()
-        mend = "give another --port (0: any that is free) or --host"
-        raise UserError(f"{host}:{port}: {(error.strerror or str(error)).lower()}; {mend}") from error
+        raise _taken(f"{host}:{port}", error) from error
     return found
+
+
+def _taken(address: str, error: OSError) -> UserError:
+    mend = "give another --port (0: any that is free) or --host"
+    return UserError(f"{address}: {(error.strerror or str(error)).lower()}; {mend}")
 
 
 def url(bound: socket.socket) -> str:
@@ -80,7 +84,10 @@ class Server(uvicorn.Server):
         self.greeting = greeting
 
     async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # another process, which had bound the address too, listens
+            raise _taken(url(sockets[0]).removeprefix("http://"), error) from error
         print(self.greeting, file=sys.stderr, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
