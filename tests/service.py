@@ -35,12 +35,12 @@ class Engine:
     can_detect = True
     waiting = 7
 
-    def __init__(self, job=None, *, on_batch=None) -> None:
+    def __init__(self, job=None, *, checks_given=False, on_batch=None) -> None:
         self.is_held = threading.Event()
         self.asked: list[tuple] = []
         self.num_open = 0
         self.is_closed = False
-        self.on_batch = on_batch
+        self.checks_given, self.on_batch = checks_given, on_batch
 
     async def transcribe(
         self, path: Path, *, name: str, lang: str | None, max_audio_s: float

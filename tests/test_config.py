@@ -1,5 +1,6 @@
 """Configuration: strict, typed, overridable, and read back as it was saved."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from zipperasr import config
 from zipperasr.cli import recipe
 from zipperasr.config import Settings
+from zipperasr.data.augment import SpecAugmentSettings
+from zipperasr.data.packing import RowsPerBatch
 from zipperasr.errors import UserError
 
 CONF = Path(__file__).resolve().parents[1] / "egs" / "multilingual12" / "conf"
@@ -131,3 +134,12 @@ def test_the_paper_configuration_has_the_papers_numbers():
     assert whole.data.packing.max_tokens_per_row == 2048
     assert whole.data.packing.rows_per_batch.model_dump() == {"full": 10, "chunked": 16}
     assert whole.model.encoder.chunk_durations_s == (1, 2, 4, 8) and whole.model.encoder.decode_chunk_s == 8
+
+
+def test_no_setting_is_one_that_nothing_reads():
+    trees = [ast.parse(path.read_text()) for path in Path(config.__file__).parent.rglob("*.py")]
+    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    sections = {cls for cls in Settings.__subclasses__() if cls.__module__.startswith("zipperasr.")}
+    fields = {cls.__name__: set(cls.model_fields) for cls in sections - {SpecAugmentSettings, RowsPerBatch}}
+    assert fields["Config"] == set(recipe.Config.model_fields) and sum(map(len, fields.values())) > 100
+    assert {name: names - read for name, names in fields.items() if names - read} == {}

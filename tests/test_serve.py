@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ import requests
 import service as helper
 from service import AUDIO, PAGE, SEGMENTS, Service, held, wait_until
 
+from zipperasr import config
 from zipperasr.cli import main as cli
 from zipperasr.cli import recipe
 from zipperasr.errors import UserError
@@ -675,7 +677,7 @@ def test_a_large_upload_goes_to_disk_and_not_to_memory(tmp_path):
 
 
 @pytest.fixture
-def stubbed(monkeypatch) -> list[helper.Engine]:
+def stubbed(tmp_path, monkeypatch) -> list[helper.Engine]:
     """`zipperasr serve` loads no run, and serves nothing; the engines that it makes."""
     engines: list[helper.Engine] = []
 
@@ -684,7 +686,11 @@ def stubbed(monkeypatch) -> list[helper.Engine]:
         return engines[-1]
 
     monkeypatch.setitem(sys.modules, "zipperasr.decoding.engine", types.SimpleNamespace(Engine=make))
-    monkeypatch.setattr(recipe, "load_run", lambda *_, **__: types.SimpleNamespace(serving=ServingSettings()))
+    (tmp_path / "settings.yaml").touch()
+    load = functools.partial(config.load, tmp_path / "settings.yaml", ServingSettings, section="serving")
+    monkeypatch.setattr(
+        recipe, "load_run", lambda *_, overrides, **__: types.SimpleNamespace(serving=load(overrides=overrides))
+    )
     monkeypatch.setattr(recipe, "transcription_job", lambda *_, **__: None)
     monkeypatch.setattr(server, "serve", lambda *_, greeting, **__: print(greeting, file=sys.stderr))
     return engines
@@ -721,6 +727,13 @@ def test_an_open_service_without_a_token_is_warned_of(tmp_path, stubbed, monkeyp
     assert re.match(r"serving mine on http://(0\.0\.0\.0|\[::1\]):[1-9]\d+ ", greeting)
     assert [f"whoever reaches {host}" in line and "ZIPPERASR_API_KEY" in line for line in warning] == [True] * warns
     assert [engine.is_closed for engine in stubbed] == [True]
+
+
+@pytest.mark.parametrize(("overrides", "checks"), [([], False), (["serving.check_language=true"], True)])
+def test_whether_a_named_language_is_doubted_is_a_setting(tmp_path, stubbed, overrides, checks):
+    (tmp_path / "config.yaml").touch()
+    assert cli.main(["serve", "--model", str(tmp_path), "--port", "0", *overrides]) == 0
+    assert [engine.checks_given for engine in stubbed] == [checks]
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.7"])

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         from zipperasr.decoding.engine import Engine
 
         with (
-            closing(Engine(job, on_batch=metrics.on_batch)) as engine,
+            closing(Engine(job, checks_given=whole.serving.check_language, on_batch=metrics.on_batch)) as engine,
             tempfile.TemporaryDirectory(prefix="zipperasr-") as folder,
         ):
             created = int((args.model / "config.yaml").stat().st_mtime)
