@@ -32,11 +32,6 @@ class Language:
     is_spaced: bool = True
 
     @property
-    def whisper_token(self) -> str:
-        """The language's token in Whisper's vocabulary."""
-        return f"<|{self.code}|>"
-
-    @property
     def metric(self) -> Literal["wer", "cer"]:
         """The error rate by which the language is scored."""
         return "wer" if self.unit == "word" else "cer"
