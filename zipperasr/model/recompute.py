@@ -1,22 +1,17 @@
 """Activation checkpointing: blocks whose activations are not kept, but made again in the backward pass."""
 
-from __future__ import annotations
-
 from functools import partial
-from typing import TYPE_CHECKING
 
+from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-if TYPE_CHECKING:
-    from zipperasr.model.speech_llm import SpeechLLM
 
 recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 """recomputed(function, *inputs): its result; the backward pass calls it again. Nothing here draws random numbers."""
 
 
-def recompute(model: SpeechLLM, *, encoder: float, llm: float) -> None:
-    """From now on, do so with these shares (0 to 1) of the blocks of encoder and LLM, evenly spread. It costs a forward
-    pass of each, and changes no number."""
+def recompute(model: nn.Module, *, encoder: float, llm: float) -> None:
+    """From now on, do so with these shares (0 to 1) of the blocks of a SpeechLLM's encoder and LLM, evenly spread. It
+    costs a forward pass of each, and changes no number."""
     model.encoder.recomputed = chosen(len(model.encoder.blocks), encoder)
     layers = model.llm.model.layers
     wanted = chosen(len(layers), llm)
