@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import soundfile
+import tiny_run
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +36,14 @@ def test_noise_that_comes_and_goes_may_be_speech_and_so_may_the_shortest_sounds(
     assert has_speech(noise * np.sin(np.arange(32000) * 4 * np.pi / 16000) ** 2)
     assert has_speech(noise[:1600])
     assert has_speech(1e-3 * np.concatenate([noise, 0.1 * noise]))
+
+
+@pytest.mark.parametrize("duration_s", [5, 15, 29])
+@pytest.mark.parametrize("noise", [0, 1e-4, 3e-3, 0.02])
+def test_a_word_in_half_a_minute_of_silence_is_speech(duration_s, noise):
+    samples = np.random.default_rng(0).normal(0, noise, duration_s * 16000)
+    samples[32000:][:8000] += tiny_run.speech(0.5)
+    assert has_speech(samples)
 
 
 def test_real_speech_is_never_taken_for_silence_even_when_it_is_quiet(shared_speech):
