@@ -385,6 +385,21 @@ def test_languages_are_detected_as_transformers_and_openai_whisper_would(tmp_pat
         decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=80,
     )).eval()  # fmt: skip
     for parameter in hf.parameters():
+def test_no_cue_is_without_duration_where_words_have_none():
+    known = [Word(text, 1 + i, 1.9 + i, 0.5) for i, text in enumerate(["Donaudampfschifffahrt"] * 4)]
+    words = (*known, *(Word("42", 4.9, 4.9, 0.0) for _ in range(9)))
+    said = Segment(0.5, 8.0, " ".join(word.text for word in words), -0.1, (), words)
+    found = list(formats.cues(Transcript("a", 9.0, 1, "de", 0.9, "de", (), (said,))))
+    assert " ".join(" ".join(cue.lines) for cue in found) == said.text
+    assert all(0.5 <= cue.start_s < cue.end_s <= 8 for cue in found)
+
+
+def test_words_end_with_their_segment():
+    piece = pieces.Piece("de", 10.0, 1.59, np.zeros((159, 80)))  # its last encoder frame ends at 1.60
+    found = pieces.decoded(piece, Hypothesis([1], "ja", -0.1), [Word("ja", 1.0, 1.6, 0.5)])
+    assert found.words[0].end_s == found.end_s == 11.59
+
+
         parameter.copy_(0.3 * torch.randn_like(parameter))
     hf.save_pretrained(tmp_path)
     detector = LanguageDetector.load(str(tmp_path))

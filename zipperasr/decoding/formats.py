@@ -83,7 +83,10 @@ def cues(transcript: Transcript) -> Iterator[Cue]:
     """The subtitles of a transcript, in order; none overlap, as segments do not."""
     is_spaced = _is_spaced(transcript)
     for segment in transcript.segments:
-        for words in _groups(_atoms(segment, is_spaced)) if segment.text else ():
+        groups = list(_groups(_atoms(segment, is_spaced))) if segment.text else []
+        if any(words[-1].end_s <= words[0].start_s for words in groups):  # of characters that the aligner doesn't know
+            groups = _groups(_atoms(replace(segment, words=None), is_spaced))
+        for words in groups:
             yield Cue(words[0].start_s, words[-1].end_s, tuple(_lines(words)))
 
 

@@ -61,10 +61,9 @@ def decoded(piece: Piece, said: Hypothesis, words: Sequence[Word] | None) -> Seg
     found = segment(piece.start_s, piece.duration_s, said.text, round(said.logprob, 5), flags)
     if words is None:
         return found
-    shifted = (
-        replace(w, start_s=round(w.start_s + piece.start_s, 3), end_s=round(w.end_s + piece.start_s, 3)) for w in words
-    )
-    return replace(found, words=tuple(shifted))
+    # the last frame of the encoder may be half empty
+    times = ((min(round(t + piece.start_s, 3), found.end_s) for t in (w.start_s, w.end_s)) for w in words)
+    return replace(found, words=tuple(replace(w, start_s=s, end_s=e) for w, (s, e) in zip(words, times, strict=True)))
 
 
 def segment(start_s: float, duration_s: float, text: str, logprob: float | None = None, flags=()) -> Segment:
