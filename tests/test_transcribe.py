@@ -7,6 +7,7 @@ import json
 import re
 import stat
 from pathlib import Path
+from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import numpy as np
@@ -517,6 +518,36 @@ def test_what_holds_no_speech_has_an_empty_transcript(run, tmp_path, capsys):
     out, err = capsys.readouterr()
     for found in map(json.loads, out.splitlines()):
         assert found["flags"] == ["no_speech"] and found["language"] is None
+def test_folders_in_a_folder_are_written_into_such_and_skipped_when_done(run, audio, tmp_path, capsys):
+    (audio / "b.wav").rename((audio / "sub").mkdir() or audio / "sub" / "a.wav")
+    args = run.args("--language", "de", "--out", tmp_path / "out", audio)
+    assert main(args) == 0
+    out = tmp_path / "out"
+    assert {str(p.relative_to(out)) for p in out.rglob("*.txt")} == {"a.txt", "c.txt", "sub/a.txt"}
+    capsys.readouterr()
+    assert main(args) == 0 and capsys.readouterr().err.count("complete") == 3
+
+
+def test_inputs_of_one_name_are_not_written_over_each_other(run, audio, tmp_path, capsys):
+    for folder, name in (("dev", "a.flac"), ("test", "b.wav")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "wav.scp").write_text(f"utt1 {audio / name}\n")
+    out = tmp_path / "out"
+    assert main(run.args("--language", "de", "--out", out, tmp_path / "dev", tmp_path / "test")) == 1
+    assert "utt1: would be written over 'utt1'" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_process_that_is_killed_between_two_batches_is_named(run, audio, monkeypatch):
+    def broken(*args):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(transcribe.ThreadPoolExecutor, "submit", broken)
+    job = recipes.transcription_job(run.directory, recipes.load_run(run.directory), step=None, average=1, lang="de")
+    found = transcribe.transcribe([inputs.Source("a", audio / "a.flac")], job, on_progress=lambda seconds: None)
+    with pytest.raises(UserError, match="a decoding process was killed; lower --nj"):
+        next(found)
+
+
         assert all(segment["flags"] == ["no_speech"] and not segment["text"] for segment in found["segments"])
     assert len(out.splitlines()) == 4 and err.count("no speech") == 4
 

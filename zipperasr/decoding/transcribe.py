@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,13 +61,13 @@ def transcribe(
             on_progress(file.duration_s - file.decoded_s)
             yield file.source, file.error or file.transcript(job.transcription.doubt)
 
-    with ExitStack() as stack:
+    with _naming_killed_process(), ExitStack() as stack:
         executors = start_pools(nj, stack) if nj > 1 else [ThreadPoolExecutor(1)]
         stack.callback(executors[0].shutdown, cancel_futures=True)
         devices = [f"cuda:{j}" if torch.cuda.is_available() else "cpu" for j in range(len(executors))]
         known_limits = executors[0].submit(_limits, job, devices[0])
         detector = load_detector(job, device=devices[0], is_needed=any(file.lang is None for file in todo))
-        reader = Reader(job, detector, **_result(known_limits))
+        reader = Reader(job, detector, **known_limits.result())
         for pool in itertools.chain(_pools(_read(reader, todo)), [None]):
             for items in _by_lang(pool or ()):
                 j = next(turn) % len(executors)
@@ -145,16 +145,17 @@ def _limits(job: TranscriptionJob, device: str) -> dict[str, float | int]:
 
 def _take(future: Future, items: Sequence[tuple[_Work, Piece]]) -> float:
     """Give the files their segments when they are decoded; return how many seconds these are."""
-    for (file, piece), found in zip(items, _result(future), strict=True):
+    for (file, piece), found in zip(items, future.result(), strict=True):
         file.segments.append(found)
         file.num_waiting -= 1
         file.decoded_s += piece.duration_s
     return sum(piece.duration_s for _, piece in items)
 
 
-def _result(future: Future):
+@contextmanager
+def _naming_killed_process() -> Iterator[None]:
     try:
-        return future.result()
+        yield
     except BrokenProcessPool as error:
         mend = "lower --nj if memory is short, and run the same command again to go on"
         raise UserError(f"a decoding process was killed; {mend}") from error
