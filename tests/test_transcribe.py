@@ -661,3 +661,5 @@ def test_a_long_file_is_never_whole_in_memory(run):
     with contextlib.closing(pieces):
         next(pieces)
         assert num_read <= 3
+        (["--out", "/dev/null/out", "a.wav"], "cannot be written (Not a directory)"),
+        (["--out", "/proc/out", "a.wav"], "--out /proc/out: cannot be written"),

@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "inputs", nargs="*", metavar="INPUT",
-        help="audio, a folder of it, a Kaldi data directory, a manifest of Lhotse; or key=value, such as "
-        "transcription.max_segment_s=15 or decoding.beam=4",
+        help="audio, a folder of it (and of such folders), a Kaldi data directory, a manifest of Lhotse; or key=value, "
+        "such as transcription.max_segment_s=15 or decoding.beam=4",
     )  # fmt: skip
 
 
@@ -96,12 +97,19 @@ def _check_outputs(out: Path | None, formats: Sequence[str], sources: Sequence["
         raise UserError(f"--format {' '.join(formats)}: one format can be printed; name a directory with --out")
     if out is None and formats[0] in ("srt", "vtt") and len(sources) > 1:
         raise UserError(f"--format {formats[0]}: {len(sources)} inputs make as many files; name a directory with --out")
-    if out and out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: a file, not a directory")
-    names: dict[str, str] = {}
-    for source in sources if out else ():
-        if (other := names.setdefault(source.output, source.name)) != source.name:
-            raise UserError(f"{source.name}: would be written over '{other}'; give it an --out of its own")
+    if not out:
+        return
+    outputs: dict[str, Source] = {}
+    for source in sources:
+        if (other := outputs.setdefault(source.output, source)) != source:
+            raise UserError(f"{source.name}: would be written over '{other.name}'; give it an --out of its own")
+    try:  # now, not behind hours of audio
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except FileExistsError as error:
+        raise UserError(f"--out {out}: a file, not a directory") from error
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); mend its name or permissions") from error
 
 
 def _job(args: argparse.Namespace, formats: Sequence[str], overrides: Sequence[str]) -> "TranscriptionJob":
@@ -135,7 +143,7 @@ def _todo(
 
 
 def _marker(source: "Source") -> str:
-    return f".{source.output}.done"
+    return str((path := Path(source.output)).with_name(f".{path.name}.done"))
 
 
 def _transcripts(todo: Sequence["Source"], job: "TranscriptionJob", nj: int):
@@ -172,7 +180,7 @@ def _compact(found: "Transcript") -> str:
 def _summary(found: "Transcript") -> str:
     """What was found out about an input, in a line."""
     sure = f" (probability {found.language_probability:.2f})" if found.language_probability is not None else ""
-    parts = [f"{found.duration_s:.1f} s", f"{found.language}{sure}" if found.language else "no speech"]
+    parts = [f"{found.duration_s:.1f} s", "no speech" if "no_speech" in found.flags else f"{found.language}{sure}"]
     if (found.num_channels or 1) > 1:
         parts.append(f"the mean of {found.num_channels} channels")
     if "language_doubt" in found.flags:
