@@ -4,10 +4,11 @@ import contextlib
 import html
 import itertools
 import json
+import os
 import re
 import stat
-from pathlib import Path
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -252,6 +253,35 @@ def test_a_kaldi_directory_that_is_not_plain_files_is_refused(tmp_path, wav_scp,
     assert not found and re.search(said, str(failed[str(tmp_path)]))
 
 
+@pytest.mark.parametrize("name", ["wav.scp", "segments"])
+def test_a_kaldi_directory_without_utterances_is_named(tmp_path, name):
+    (tmp_path / "wav.scp").write_text("a a.wav\n")
+    (tmp_path / name).write_text("")
+    assert f"an empty {name}" in str(inputs.find([str(tmp_path)])[1][str(tmp_path)])
+
+
+def test_a_folder_holds_its_folders_and_their_audio_lies_in_such_folders_again(tmp_path):
+    for name in ("b.wav", "a b/1/b.wav", "a b/2/b.FLAC", ".hidden/b.wav", "a b/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "around").symlink_to(tmp_path)
+    found, _ = inputs.find([str(tmp_path)])
+    assert [source.output for source in found] == ["a b/1/b", "a b/2/b", "b"]
+
+
+def test_what_the_system_refuses_costs_itself_only(tmp_path):
+    (tmp_path / "a.wav").touch()
+    found, failed = inputs.find(["x" * 300, str(tmp_path)])  # root may read everything, but no name is that long
+    assert len(found) == 1 and re.search("too long; mend its name", str(failed["x" * 300]))
+
+
+def test_a_file_that_may_not_be_read_is_not_taken_for_another_format(tmp_path, monkeypatch):
+    path = write_bad(tmp_path, "text")
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    with pytest.raises(UserError, match="permission denied"):
+        stream.describe(path)
+
+
 def test_manifests_of_cuts_and_of_recordings_are_read_packed_or_not(tmp_path):
     sources = [{"type": "file", "channels": [0, 1], "source": "x.wav"}]
     recording = {"id": "r", "sources": sources, "sampling_rate": 8000, "num_samples": 80_000, "duration": 10.0}
@@ -263,10 +293,12 @@ def test_manifests_of_cuts_and_of_recordings_are_read_packed_or_not(tmp_path):
     assert found == [
         inputs.Source("c", Path("x.wav"), 1.5, 3.5, (1,), "de"), inputs.Source("r", Path("x.wav"), 0, 10, (0, 1)),
     ]  # fmt: skip
-    for text in ("", "{", '{"id": "mixed", "tracks": []}\n', "[]\n"):
+    per_channel = json.dumps(recording | {"sources": sources * 2})
+    for text in ("", "{", '{"id": "mixed", "tracks": []}\n', "[]\n", '{"id": 1, "sources": []}', per_channel):
         (tmp_path / "bad.jsonl").write_text(text)
         (error,) = inputs.find([str(tmp_path / "bad.jsonl")])[1].values()
-        assert "bad.jsonl: " in str(error) and "\n" not in str(error)
+        assert "\n" not in str(error)
+        assert "has 2 sources" in str(error) if text == per_channel else "bad.jsonl: " in str(error)
 
 
 # Formats
@@ -353,6 +385,21 @@ def test_words_of_a_segment_have_the_times_of_their_audio():
     assert pieces.decoded(piece, Hypothesis([2], "", -1.0), []).flags == ("empty",)
 
 
+def test_no_cue_is_without_duration_where_words_have_none():
+    known = [Word(text, 1 + i, 1.9 + i, 0.5) for i, text in enumerate(["Donaudampfschifffahrt"] * 4)]
+    words = (*known, *(Word("42", 4.9, 4.9, 0.0) for _ in range(9)))
+    said = Segment(0.5, 8.0, " ".join(word.text for word in words), -0.1, (), words)
+    found = list(formats.cues(Transcript("a", 9.0, 1, "de", 0.9, "de", (), (said,))))
+    assert " ".join(" ".join(cue.lines) for cue in found) == said.text
+    assert all(0.5 <= cue.start_s < cue.end_s <= 8 for cue in found)
+
+
+def test_words_end_with_their_segment():
+    piece = pieces.Piece("de", 10.0, 1.59, np.zeros((159, 80)))  # its last encoder frame ends at 1.60
+    found = pieces.decoded(piece, Hypothesis([1], "ja", -0.1), [Word("ja", 1.0, 1.6, 0.5)])
+    assert found.words[0].end_s == found.end_s == 11.59
+
+
 def test_subtitles_of_timed_thai_have_spaces_where_its_text_has_them_only():
     text = "ปีนี้ ดี"
     words = tuple(Word(unit, i, i + 0.5, 1.0) for i, unit in enumerate(split(text)))
@@ -386,21 +433,6 @@ def test_languages_are_detected_as_transformers_and_openai_whisper_would(tmp_pat
         decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=80,
     )).eval()  # fmt: skip
     for parameter in hf.parameters():
-def test_no_cue_is_without_duration_where_words_have_none():
-    known = [Word(text, 1 + i, 1.9 + i, 0.5) for i, text in enumerate(["Donaudampfschifffahrt"] * 4)]
-    words = (*known, *(Word("42", 4.9, 4.9, 0.0) for _ in range(9)))
-    said = Segment(0.5, 8.0, " ".join(word.text for word in words), -0.1, (), words)
-    found = list(formats.cues(Transcript("a", 9.0, 1, "de", 0.9, "de", (), (said,))))
-    assert " ".join(" ".join(cue.lines) for cue in found) == said.text
-    assert all(0.5 <= cue.start_s < cue.end_s <= 8 for cue in found)
-
-
-def test_words_end_with_their_segment():
-    piece = pieces.Piece("de", 10.0, 1.59, np.zeros((159, 80)))  # its last encoder frame ends at 1.60
-    found = pieces.decoded(piece, Hypothesis([1], "ja", -0.1), [Word("ja", 1.0, 1.6, 0.5)])
-    assert found.words[0].end_s == found.end_s == 11.59
-
-
         parameter.copy_(0.3 * torch.randn_like(parameter))
     hf.save_pretrained(tmp_path)
     detector = LanguageDetector.load(str(tmp_path))
@@ -486,6 +518,36 @@ def test_a_folder_is_written_in_every_format_and_processes_change_nothing(run, a
     assert len(times) > 1 and all(end - start <= 5 for start, end in times)
 
 
+def test_folders_in_a_folder_are_written_into_such_and_skipped_when_done(run, audio, tmp_path, capsys):
+    (audio / "b.wav").rename((audio / "sub").mkdir() or audio / "sub" / "a.wav")
+    args = run.args("--language", "de", "--out", tmp_path / "out", audio)
+    assert main(args) == 0
+    out = tmp_path / "out"
+    assert {str(p.relative_to(out)) for p in out.rglob("*.txt")} == {"a.txt", "c.txt", "sub/a.txt"}
+    capsys.readouterr()
+    assert main(args) == 0 and capsys.readouterr().err.count("complete") == 3
+
+
+def test_inputs_of_one_name_are_not_written_over_each_other(run, audio, tmp_path, capsys):
+    for folder, name in (("dev", "a.flac"), ("test", "b.wav")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "wav.scp").write_text(f"utt1 {audio / name}\n")
+    out = tmp_path / "out"
+    assert main(run.args("--language", "de", "--out", out, tmp_path / "dev", tmp_path / "test")) == 1
+    assert "utt1: would be written over 'utt1'" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_process_that_is_killed_between_two_batches_is_named(run, audio, monkeypatch):
+    def broken(*args):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(transcribe.ThreadPoolExecutor, "submit", broken)
+    job = recipes.transcription_job(run.directory, recipes.load_run(run.directory), step=None, average=1, lang="de")
+    found = transcribe.transcribe([inputs.Source("a", audio / "a.flac")], job, on_progress=lambda seconds: None)
+    with pytest.raises(UserError, match="a decoding process was killed; lower --nj"):
+        next(found)
+
+
 def test_text_is_printed_in_one_line_for_each_input(run, audio, capsys):
     assert main(run.args("--format", "txt", audio / "a.flac", audio / "b.wav")) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
@@ -518,38 +580,9 @@ def test_what_holds_no_speech_has_an_empty_transcript(run, tmp_path, capsys):
     out, err = capsys.readouterr()
     for found in map(json.loads, out.splitlines()):
         assert found["flags"] == ["no_speech"] and found["language"] is None
-def test_folders_in_a_folder_are_written_into_such_and_skipped_when_done(run, audio, tmp_path, capsys):
-    (audio / "b.wav").rename((audio / "sub").mkdir() or audio / "sub" / "a.wav")
-    args = run.args("--language", "de", "--out", tmp_path / "out", audio)
-    assert main(args) == 0
-    out = tmp_path / "out"
-    assert {str(p.relative_to(out)) for p in out.rglob("*.txt")} == {"a.txt", "c.txt", "sub/a.txt"}
-    capsys.readouterr()
-    assert main(args) == 0 and capsys.readouterr().err.count("complete") == 3
-
-
-def test_inputs_of_one_name_are_not_written_over_each_other(run, audio, tmp_path, capsys):
-    for folder, name in (("dev", "a.flac"), ("test", "b.wav")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "wav.scp").write_text(f"utt1 {audio / name}\n")
-    out = tmp_path / "out"
-    assert main(run.args("--language", "de", "--out", out, tmp_path / "dev", tmp_path / "test")) == 1
-    assert "utt1: would be written over 'utt1'" in capsys.readouterr().err and not out.exists()
-
-
-def test_a_process_that_is_killed_between_two_batches_is_named(run, audio, monkeypatch):
-    def broken(*args):
-        raise BrokenProcessPool
-
-    monkeypatch.setattr(transcribe.ThreadPoolExecutor, "submit", broken)
-    job = recipes.transcription_job(run.directory, recipes.load_run(run.directory), step=None, average=1, lang="de")
-    found = transcribe.transcribe([inputs.Source("a", audio / "a.flac")], job, on_progress=lambda seconds: None)
-    with pytest.raises(UserError, match="a decoding process was killed; lower --nj"):
-        next(found)
-
-
         assert all(segment["flags"] == ["no_speech"] and not segment["text"] for segment in found["segments"])
     assert len(out.splitlines()) == 4 and err.count("no speech") == 4
+    assert main(run.args("--language", "de", tmp_path / "still.wav")) == 0 and "no speech" in capsys.readouterr().err
 
 
 class Detector:
@@ -630,6 +663,8 @@ def test_what_is_done_is_skipped_until_audio_or_settings_change(run, audio, tmp_
         (["--format", "srt", "a.wav", "b.wav"], "name a directory with --out"),
         (["--out", "out", "x/a.wav", "y/a.flac"], "would be written over 'x/a.wav'"),
         (["--out", "/dev/null", "a.wav"], "a file, not a directory"),
+        (["--out", "/dev/null/out", "a.wav"], "cannot be written (Not a directory)"),
+        (["--out", "/proc/out", "a.wav"], "--out /proc/out: cannot be written"),
         (["decoding.beam=0", "a.wav"], "decoding.beam"),
         ([], "nothing to transcribe"),
         (["--step", "3", "a.wav"], "no checkpoint at step 3"),
@@ -661,5 +696,3 @@ def test_a_long_file_is_never_whole_in_memory(run):
     with contextlib.closing(pieces):
         next(pieces)
         assert num_read <= 3
-        (["--out", "/dev/null/out", "a.wav"], "cannot be written (Not a directory)"),
-        (["--out", "/proc/out", "a.wav"], "--out /proc/out: cannot be written"),

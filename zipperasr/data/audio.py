@@ -119,10 +119,10 @@ class Span:
     def of(cls, cut: dict[str, Any]) -> Span:
         """What a cut's dictionary says of its audio. Raises UserError unless that is one file."""
         recording, channel = cut["recording"], cut["channel"]
-        (source,) = recording["sources"]
-        if source["type"] != "file":
-            mend = "recordings are files here: export it to files"
-            raise UserError(f"cut '{cut['id']}': its recording has a source of type '{source['type']}'; {mend}")
+        source, *others = recording["sources"]
+        if others or source["type"] != "file":
+            what = f"{1 + len(others)} sources" if others else f"a source of type '{source['type']}'"
+            raise UserError(f"cut '{cut['id']}': its recording has {what}; recordings are files here: export it to one")
         channels, picked = _shared(*source["channels"]), _shared(*(channel if isinstance(channel, list) else [channel]))
         start_s = cut["start"] or 0.0  # one object, as it mostly is
         return cls(source["source"], start_s, cut["duration"], recording["sampling_rate"], channels, picked)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import shutil
 import subprocess
 import tempfile
@@ -42,6 +43,8 @@ def describe(path: Path) -> AudioInfo | None:
     except BadAudio as bad:
         if bad.kind != "unreadable audio" or not path.stat().st_size:
             raise UserError(f"{bad.detail}; give a whole audio file") from bad
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{path}: permission denied; mend its permissions") from bad
         if shutil.which("ffmpeg"):
             return None
         mend = "give audio, or install ffmpeg, which reads more formats"

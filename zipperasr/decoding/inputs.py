@@ -37,7 +37,7 @@ class Source:
 
     @property
     def output(self) -> str:
-        """What output files are called, without suffix."""
+        """What output files are called, without suffix; those of a folder in a folder lie in such a one too."""
         return self.stem or self.name.replace("%", "%25").replace("/", "%2F")
 
     @property
@@ -69,6 +69,9 @@ def find(inputs: Iterable[str]) -> tuple[list[Source], dict[str, UserError]]:
             sources += _find(Path(name))
         except UserError as error:
             failed[name] = error
+        except OSError as error:
+            what = (error.strerror or str(error)).lower()
+            failed[name] = UserError(f"{error.filename or name}: {what}; mend its name or permissions")
     return sources, failed
 
 
@@ -79,14 +82,25 @@ def _find(path: Path) -> list[Source]:
         return [_from_file(path)]
     if (path / "wav.scp").exists():
         return list(_from_kaldi(path))
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in AUDIO and not p.name.startswith("."))
+    found = list(_audio_in(path))
     if not found:
         raise UserError(f"{path}: neither a Kaldi data directory (it has no wav.scp) nor a folder with audio files")
-    return [_from_file(p) for p in found]
+    return [_from_file(p, stem=str(p.relative_to(path).with_suffix(""))) for p in found]
 
 
-def _from_file(path: Path) -> Source:
-    return Source(str(path), path, stem=path.stem)
+def _audio_in(folder: Path) -> Iterator[Path]:
+    """The audio files in a folder and in its folders; links to folders are not followed."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from () if path.is_symlink() else _audio_in(path)
+        elif path.suffix.lower() in AUDIO:
+            yield path
+
+
+def _from_file(path: Path, *, stem: str | None = None) -> Source:
+    return Source(str(path), path, stem=stem or path.stem)
 
 
 def _from_kaldi(folder: Path) -> Iterator[Source]:
@@ -95,6 +109,8 @@ def _from_kaldi(folder: Path) -> Iterator[Source]:
     tables = (kaldi.read_table(p) if (p := folder / name).is_file() else None for name in ("segments", "utt2lang"))
     segments, utt2lang = tables
     spans = {key: f"{key} 0 -1" for key in wav_scp} if segments is None else segments
+    if not spans:
+        raise UserError(f"{folder}: an empty {'wav.scp' if segments is None else 'segments'}; write it again")
     for utt_id, span in spans.items():
         where = f"{folder}: utterance '{utt_id}'"
         match = re.fullmatch(r"(\S+)\s+(\d+(?:\.\d*)?)\s+(-1|\d+(?:\.\d*)?)", span)
@@ -124,7 +140,7 @@ def _from_manifest(path: Path) -> Iterator[Source]:
         raise UserError(f"{path}: {error.strerror or error}; give a manifest of Lhotse") from error
     except (ValueError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a whole manifest ({error}); write it again") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: a line that is neither a cut nor a recording of Lhotse: {str(row)[:80]}") from error
     if row is None:
         raise UserError(f"{path}: an empty manifest; write it again")
@@ -137,4 +153,4 @@ def _from_row(row: dict[str, Any]) -> Source:
     span = Span.of(row)
     langs = {supervision.get("language") for supervision in row.get("supervisions", ())}
     lang = kaldi.lang_code(*langs) if len(langs) == 1 and None not in langs else None
-    return Source(row["id"], Path(span.path), span.start_s, span.start_s + span.duration_s, span.picked, lang)
+    return Source(str(row["id"]), Path(span.path), span.start_s, span.start_s + span.duration_s, span.picked, lang)
