@@ -211,6 +211,10 @@ def test_ffmpeg_reads_what_libsndfile_does_not(tmp_path, monkeypatch):
     said = (tmp_path / "args").read_text().splitlines()
     assert said[said.index("-i") + 1] == f"file:{path}" and said[said.index("-ss") + 1] == "1.5"
     assert "hls" not in said[said.index("-format_whitelist") + 1].split(",")  # playlists name other files
+    assert "-af" not in said  # all channels are mixed
+    read(path, channels=(1, 3))
+    said = (tmp_path / "args").read_text().splitlines()
+    assert said[said.index("-af") + 1] == "pan=mono|c0=0.500000*c1+0.500000*c3"
     first = stream.read(path, None)
     next(first)
     first.close()  # ends the program too

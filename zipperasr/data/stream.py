@@ -64,7 +64,7 @@ def read(
     import numpy as np
 
     if info is None:
-        blocks = _from_ffmpeg(path, start_s, end_s)
+        blocks = _from_ffmpeg(path, start_s, end_s, channels)
     else:
         if outside := [c for c in channels if c >= info.num_channels]:
             raise UserError(f"{path}: no channel {outside[0]}, there are {info.num_channels}; mend the manifest")
@@ -120,14 +120,16 @@ def resampled(blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
             yield made
 
 
-def _from_ffmpeg(path: Path, start_s: float, end_s: float | None) -> Iterator[np.ndarray]:
+def _from_ffmpeg(path: Path, start_s: float, end_s: float | None, channels: Sequence[int]) -> Iterator[np.ndarray]:
     import numpy as np
 
     duration = [] if end_s is None else ["-t", str(end_s - start_s)]
+    mean = "+".join(f"{1 / len(channels):.6f}*c{c}" for c in channels)
+    picked = ["-af", f"pan=mono|c0={mean}"] if channels else []
     command = [
         "ffmpeg", "-nostdin", "-v", "error", "-protocol_whitelist", "file", "-format_whitelist", _CONTAINERS,
         "-ss", str(start_s), *duration, "-i", f"file:{path}",
-        "-map", "0:a:0", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "f32le", "-",
+        "-map", "0:a:0", *picked, "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "f32le", "-",
     ]  # fmt: skip
     with (
         tempfile.TemporaryFile() as errors,
