@@ -657,6 +657,15 @@ def test_what_is_done_is_skipped_until_audio_or_settings_change(run, audio, tmp_
     assert main([*args, "--format", "txt", "srt"]) == 0 and "complete" not in capsys.readouterr().err
 
 
+def test_what_is_half_written_with_other_settings_is_not_done_with_the_old_ones(run, audio, capsys, monkeypatch):
+    args = run.args("--language", "de", "--format", "txt", "json", "--out", audio / "out", audio / "a.flac")
+    assert main(args) == 0
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setitem(formats.FORMATS, "json", lambda found: 1 / 0)  # as if it were killed there
+        main([*args, "decoding.min_max_tokens=2"])
+    assert main(args) == 0 and "complete" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "args, said",
     [

@@ -167,6 +167,7 @@ def _write(source: "Source", found: "Transcript", formats: Sequence[str], out: P
         lines = {"txt": lambda: f"{found.file}\t{one_line(found)}\n", "json": lambda: f"{_compact(found)}\n"}
         print(lines[formats[0]]() if formats[0] in lines else WRITERS[formats[0]](found), end="", flush=True)
         return
+    (out / _marker(source)).unlink(missing_ok=True)  # no longer what its key stands for
     for name in formats:
         with files.write(out / f"{source.output}.{name}") as stream:
             stream.write(WRITERS[name](found))
