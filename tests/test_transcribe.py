@@ -571,6 +571,14 @@ def test_bad_inputs_cost_themselves_only(run, audio, tmp_path, capsys, monkeypat
     assert (tmp_path / "out" / "a.txt").is_file() and not (tmp_path / "out" / "broken.txt").exists()
 
 
+def test_a_name_that_is_not_unicode_costs_itself_only(run, audio, capfd):  # its stderr escapes, as a real one
+    (audio / "b.wav").rename(audio / os.fsdecode(b"M\xfcller.wav"))
+    assert main(run.args("--language", "de", "--out", audio / "out", audio)) == 1
+    said = capfd.readouterr().err
+    assert "ller.wav: not a name in UTF-8" in said and "1 of 3 inputs have no transcript" in said
+    assert {path.name for path in (audio / "out").glob("*.txt")} == {"a.txt", "c.txt"}
+
+
 def test_what_holds_no_speech_has_an_empty_transcript(run, tmp_path, capsys):
     noise = np.random.default_rng(0).normal(0, 0.1, 60 * RATE)
     for name, samples in {

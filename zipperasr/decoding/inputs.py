@@ -54,7 +54,10 @@ class Source:
     def digest(self) -> str:
         """Stands for the audio, as long as its file is not written anew. Raises UserError where there is none."""
         try:
+            f"{self.name} {self.path}".encode()
             found = self.path.stat()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{self.path}: not a name in UTF-8; mend it") from error
         except OSError as error:
             raise UserError(f"{self.path}: {(error.strerror or str(error)).lower()}; mend its name") from error
         span = [self.start_s, self.end_s, self.channels, self.lang]
