@@ -579,6 +579,12 @@ def test_a_name_that_is_not_unicode_costs_itself_only(run, audio, capfd):  # its
     assert {path.name for path in (audio / "out").glob("*.txt")} == {"a.txt", "c.txt"}
 
 
+def test_a_name_that_leaves_no_room_for_that_of_its_output_is_named(run, audio, capsys):
+    long = (audio / "a.flac").rename(audio / f"{'ä' * 122}.flac")
+    assert main(run.args("--language", "de", "--out", audio / "out", long)) == 1
+    assert re.search("error: .*cannot be written .*too long", capsys.readouterr().err.splitlines()[-1])
+
+
 def test_what_holds_no_speech_has_an_empty_transcript(run, tmp_path, capsys):
     noise = np.random.default_rng(0).normal(0, 0.1, 60 * RATE)
     for name, samples in {

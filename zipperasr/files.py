@@ -24,8 +24,8 @@ def writing(path: Path | str) -> Iterator[None]:
     except Exception as error:
         if is_disk_full(error):
             raise UserError(f"{path}: the disk is full; free some space and run the same command again") from error
-        if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"{path}: cannot be written ({error.strerror}); mend its permissions") from error
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENAMETOOLONG):
+            raise UserError(f"{path}: cannot be written ({error.strerror}); mend its name or permissions") from error
         raise
 
 
