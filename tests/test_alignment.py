@@ -213,14 +213,15 @@ def test_a_ctm_has_a_line_a_word(tmp_path):
     assert [line.split()[4] for line in lines] == ["hallo", '"so"', "?"]
 
 
-def test_the_intervals_of_a_textgrid_cover_the_utterance_without_a_gap(tmp_path):
-    words.write_textgrid(tmp_path / "u1.TextGrid", SAID, 1.25)
+@pytest.mark.parametrize("number", [3, 4], ids=["to the last word", "and on"])
+def test_the_intervals_of_a_textgrid_cover_the_utterance_without_a_gap(tmp_path, number):
+    words.write_textgrid(tmp_path / "u1.TextGrid", SAID, {3: 0.8003, 4: 1.25}[number])
     text = (tmp_path / "u1.TextGrid").read_text(encoding="utf-8")
     assert text.startswith('File type = "ooTextFile"\nObject class = "TextGrid"\n')
     found = re.findall(r'\[(\d+)\]:\n +xmin = (\S+)\n +xmax = (\S+)\n +text = "(.*)"\n', text)
-    assert [number for number, *_ in found] == ["1", "2", "3", "4"] and "intervals: size = 4\n" in text
-    assert [label for *_, label in found] == ["", "hallo", '""so""', ""]
+    assert [int(at) for at, *_ in found] == list(range(1, number + 1)) and f"intervals: size = {number}\n" in text
+    assert [label for *_, label in found] == ["", "hallo", '""so""', ""][:number]
     times = [(float(start), float(end)) for _, start, end, _ in found]
-    assert times[0][0] == 0 and times[-1][1] == 1.25
+    assert times[0][0] == 0 and times[-1][1] == {3: 0.8, 4: 1.25}[number]
     assert all(one[1] == other[0] for one, other in itertools.pairwise(times))
     assert all(start < end for start, end in times)

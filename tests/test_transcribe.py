@@ -27,12 +27,14 @@ from zipperasr.cli import recipe as recipes
 from zipperasr.cli.main import main
 from zipperasr.data import manifests, stream
 from zipperasr.data.features import log_mel
-from zipperasr.decoding import formats, inputs, pieces, segments, transcribe
+from zipperasr.decoding import DecodingSettings, formats, inputs, pieces, segments, transcribe
 from zipperasr.decoding.generate import Hypothesis, Transcriber
 from zipperasr.decoding.transcript import Segment, Transcript
 from zipperasr.errors import UserError
 from zipperasr.languages import LANGUAGES
 from zipperasr.model import checkpoint
+from zipperasr.model.aligner import Aligner
+from zipperasr.model.ctc import Units
 from zipperasr.model.language_id import LanguageDetector
 
 PAUSES = {"min_pause_s": 0.2, "margin_s": 0.2}
@@ -398,10 +400,23 @@ def test_no_cue_is_without_duration_where_words_have_none():
     assert all(0.5 <= cue.start_s < cue.end_s <= 8 for cue in found)
 
 
-def test_words_end_with_their_segment():
-    piece = pieces.Piece("de", 10.0, 1.59, np.zeros((159, 80)))  # its last encoder frame ends at 1.60
-    found = pieces.decoded(piece, Hypothesis([1], "ja", -0.1), [Word("ja", 1.0, 1.6, 0.5)])
-    assert found.words[0].end_s == found.end_s == 11.59
+def test_no_word_reaches_into_the_next_segment():
+    """Five feature frames are three of the encoder's, which reach 10 ms beyond them."""
+
+    class Says(NamedTuple):
+        settings: DecodingSettings = DecodingSettings()
+        prompt_tokens: object = staticmethod(lambda langs: 1)
+
+        def encode(self, features, langs, longest_s):
+            return None, [torch.eye(3)[[0, 1, 2]].log_softmax(-1) for _ in features]
+
+        def __call__(self, speech, langs, caps):
+            return [Hypothesis([1], "ab", -0.1) for _ in langs]
+
+    aligner = Aligner(torch.nn.Identity(), Units(("a", "b")))
+    two = [pieces.Piece("de", start_s, 0.05, np.zeros((5, 80), np.float32)) for start_s in (0.1, 0.15)]
+    (found,) = pieces.decode(two, Says(), aligner, longest_s=30)
+    assert [(w.start_s, w.end_s) for piece in two for w in found[piece].words] == [(0.12, 0.15), (0.17, 0.2)]
 
 
 def test_subtitles_of_timed_thai_have_spaces_where_its_text_has_them_only():

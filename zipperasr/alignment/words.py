@@ -58,7 +58,7 @@ def write_textgrid(path: Path, words: Iterable[Word], duration_s: float) -> None
         if w.end_s > (start_s := max(w.start_s, at)):  # Praat takes no interval of no length
             intervals.append((start_s, w.end_s, w.text))
             at = w.end_s
-    end_s = max(duration_s, at)
+    end_s = max(round(duration_s, 3), at)  # what is written; less than a millisecond is no interval
     if end_s > at or not intervals:
         intervals.append((at, end_s, ""))
     lines = ['File type = "ooTextFile"', 'Object class = "TextGrid"', "", "xmin = 0", f"xmax = {end_s:.3f}"]

@@ -50,7 +50,8 @@ def decode(
         except torch.OutOfMemoryError as error:
             mend = f"lower decoding.max_tokens_per_batch={settings.max_tokens_per_batch}"
             raise UserError(f"{len(batch)} segments do not fit the GPU's memory; {mend}") from error
-        heard = aligner(frames, langs, [said.text for said in found]) if aligner else []
+        texts, durations_s = [said.text for said in found], [piece.duration_s for piece in batch]
+        heard = aligner(frames, langs, texts, durations_s) if aligner else []
         words = [one.words for one in heard] or [None] * len(batch)
         yield {piece: decoded(piece, *one) for piece, *one in zip(batch, found, words, strict=True)}
 
@@ -61,9 +62,10 @@ def decoded(piece: Piece, said: Hypothesis, words: Sequence[Word] | None) -> Seg
     found = segment(piece.start_s, piece.duration_s, said.text, round(said.logprob, 5), flags)
     if words is None:
         return found
-    # the last frame of the encoder may be half empty
-    times = ((min(round(t + piece.start_s, 3), found.end_s) for t in (w.start_s, w.end_s)) for w in words)
-    return replace(found, words=tuple(replace(w, start_s=s, end_s=e) for w, (s, e) in zip(words, times, strict=True)))
+    shifted = (
+        replace(w, start_s=round(w.start_s + piece.start_s, 3), end_s=round(w.end_s + piece.start_s, 3)) for w in words
+    )
+    return replace(found, words=tuple(shifted))
 
 
 def segment(start_s: float, duration_s: float, text: str, logprob: float | None = None, flags=()) -> Segment:

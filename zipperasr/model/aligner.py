@@ -74,12 +74,23 @@ class Aligner:
         return self([frames], [lang], [text])[0].words
 
     @torch.inference_mode()
-    def __call__(self, frames: Sequence[Tensor], langs: Sequence[str], texts: Sequence[str]) -> list[Heard]:
-        """The words of each utterance, from its encoder frames [T, D]: starts rise, and no two words overlap."""
+    def __call__(
+        self,
+        frames: Sequence[Tensor],
+        langs: Sequence[str],
+        texts: Sequence[str],
+        durations_s: Sequence[float] | None = None,
+    ) -> list[Heard]:
+        """The words of each utterance, from its encoder frames [T, D]: starts rise, and no two words overlap.
+
+        None ends behind its audio, which lasts `durations_s` (default: as long as the frames, of which the last may
+        reach beyond).
+        """
+        durations_s = durations_s or [len(x) * FRAME_S for x in frames]
         log_probs = list(self.head(torch.cat(list(frames))).split([len(x) for x in frames])) if frames else []
         targets = list(map(self._targets, texts, langs))
         found = alignment.forced_align(log_probs, [ids for ids, _ in targets], engine=self.engine)
-        return [self._heard(*one) for one in zip(log_probs, texts, langs, targets, found, strict=True)]
+        return [self._heard(*one) for one in zip(log_probs, texts, langs, targets, found, durations_s, strict=True)]
 
     def _targets(self, text: str, lang: str) -> tuple[list[int], list[int | None]]:
         """The units of a text, and the number of the word that each belongs to; None between words."""
@@ -93,15 +104,17 @@ class Aligner:
             owners += [None] * len(between) + [number] * len(own)
         return ids, owners
 
-    def _heard(self, log_probs, text, lang, targets, found: alignment.Alignment | None) -> Heard:
+    def _heard(self, log_probs, text, lang, targets, found: alignment.Alignment | None, duration_s) -> Heard:
         ctc_text = self.units.decode(alignment.greedy(log_probs))
         ours, theirs = (train_text(t, lang).replace(" ", "") for t in (text, ctc_text))
         ids, owners = targets
-        words = self._timed(split(text), owners, found) if found and ids else []
+        words = self._timed(split(text), owners, found, duration_s) if found and ids else []
         is_known = ids or not ours
         return Heard(words, ctc_text, Levenshtein.normalized_distance(ours, theirs) if is_known else None)
 
-    def _timed(self, words: list[str], owners: list[int | None], found: alignment.Alignment) -> list[Word]:
+    def _timed(
+        self, words: list[str], owners: list[int | None], found: alignment.Alignment, duration_s: float
+    ) -> list[Word]:
         """Words with their times; one without any known character has no duration, and no confidence."""
         first: dict[int | None, int] = {}
         last: dict[int | None, int] = {}
@@ -114,7 +127,7 @@ class Aligner:
         for one, other in itertools.pairwise(known):
             if starts[other] - ends[one] < PAUSE_S:
                 ends[one] = starts[other] = (ends[one] + starts[other]) / 2
-        at, timed, duration_s = 0.0, [], len(found.path) * FRAME_S
+        at, timed = 0.0, []
         for number, word in enumerate(words):
             if number in first:
                 start_s = min(max(starts[number], at), duration_s)
