@@ -1,7 +1,8 @@
 """Word times and confidences for decoded sets: ctm, textgrid/ and words.jsonl in RUN_DIR/decode_<set>.
 
 The run needs an aligner (zipperasr train-aligner). words.jsonl has beside each text what the CTC head alone hears, and
-how far the two disagree: a sign of text that nobody has said. Sets that are aligned already are skipped.
+how far the two disagree: a sign of text that nobody has said. Sets that are aligned already are skipped. What is left
+of texts or an aligner that are no longer there is removed.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from pathlib import Path
 from zipperasr import files
 from zipperasr.alignment.words import OUTPUTS
 from zipperasr.cli import recipe
+from zipperasr.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,25 +43,29 @@ def run(args: argparse.Namespace) -> None:
     for name in dict.fromkeys(args.sets):
         directory = args.run_dir / f"decode_{name}"
         decoded = score.read(directory)
-        texts, meta = decoded.refs if args.text == "ref" else decoded.hyps, decoded.meta
-        key = files.fingerprint([texts, args.text, sorted(args.format), args.engine, *map(files.sha256, made_by)])
-        if files.is_done(directory, key, name=".aligned") and all(
-            (directory / OUTPUTS[f]).exists() for f in args.format
-        ):
+        every, meta = {"hyp": decoded.hyps, "ref": decoded.refs}, decoded.meta
+        keys = {what: files.fingerprint([every[what], what, *map(files.sha256, made_by)]) for what in every}
+        texts, key = every[args.text], keys[args.text]
+        todo = [f for f in args.format if not align.is_current(directory, f, key)]
+        if not todo:
             print(f"{directory}: aligned already", flush=True)
             continue
         model = model or load_run(args.run_dir, [aligner.step]).to(device)
         utterances = load_utterances(args.data_dir, meta["setting"], "test", [name], whole.data.features)[
             : meta["first"]
         ]
+        if {u.id for u in utterances} != decoded.refs.keys():
+            raise UserError(f"{directory}: decoded by another list than that in {args.data_dir}; decode it again")
         began = time.perf_counter()
         heard = align.align(
             aligner, model.merged(decoded.language.code), decoded.language.code, utterances, texts,
             encoder=whole.model.encoder, decoding=whole.decoding,
         )  # fmt: skip
         rtfx = sum(u.duration_s for u in utterances) / (time.perf_counter() - began)
-        said = align.write(directory, utterances, texts, heard, args.format)
-        files.mark_done(directory, key, name=".aligned")
+        align.remove(directory, [f for f in OUTPUTS if f in todo or not align.is_current(directory, f, *keys.values())])
+        said = align.write(directory, utterances, texts, heard, todo)
+        for output in todo:
+            files.mark_done(directory, key, name=f".aligned.{output}")
         print(
             f"{directory}: {said['num_words']} words of {said['num_utts']} utterances ({said['num_unaligned']} have "
             f"none), confidence {said['confidence']:.2f}, disagreement {said['disagreement']:.2f}, RTFx {rtfx:.0f}",

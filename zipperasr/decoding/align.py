@@ -10,6 +10,7 @@ unreadable, or too short for the text.
 """
 
 import json
+import shutil
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,29 @@ def align(
     todo = sorted((u for u in utterances if texts.get(u.id)), key=lambda u: (-u.num_frames, u.id))
     device, chunk_s, found = next(model.parameters()).device, segment_s(model, encoder), {}
     for batch in read_ahead(batches(todo, decoding, prompt_tokens=0)):
-        read = {u.id: features.to(device) for u, features in batch if features is not None}
-        if read:
+        batch = [(u, features.to(device)) for u, features in batch if features is not None]
+        if batch:
             with torch.inference_mode():
-                langs = [lang] * len(read)
-                frames, lengths = model.encoder(list(read.values()), langs, chunk_s)
-            heard = aligner(frames.split(lengths), langs, [texts[utt_id] for utt_id in read])
-            found |= dict(zip(read, heard, strict=True))
+                langs = [lang] * len(batch)
+                frames, lengths = model.encoder([features for _, features in batch], langs, chunk_s)
+            said, durations_s = [texts[u.id] for u, _ in batch], [u.duration_s for u, _ in batch]
+            heard = aligner(frames.split(lengths), langs, said, durations_s)
+            found |= {u.id: one for (u, _), one in zip(batch, heard, strict=True)}
     return found
+
+
+def is_current(directory: Path, output: str, *keys: str) -> bool:
+    """Whether a decode directory has word times in this format, marked as done for one of `keys`."""
+    is_done = any(files.is_done(directory, key, name=f".aligned.{output}") for key in keys)
+    return is_done and (directory / OUTPUTS[output]).exists()
+
+
+def remove(directory: Path, formats: Collection[str]) -> None:
+    """Remove the word times in these formats from a decode directory, and the marks that they are done."""
+    for output in formats:
+        (directory / f".aligned.{output}").unlink(missing_ok=True)
+        path = directory / OUTPUTS[output]
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write(

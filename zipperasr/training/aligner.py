@@ -98,8 +98,9 @@ def _write(
     about: dict[str, object],
     settings: dict[str, object],
 ) -> dict[str, object]:
-    """Calibrate a head on `some` utterances and write it; settings.json comes last."""
+    """Calibrate a head on `some` utterances and write it; settings.json comes last, and an old one goes first."""
     early_s, late_s = _calibrate(Aligner(head, units), model, some, chunk_s)
+    (run_dir / ALIGNER / ALIGNER_SETTINGS).unlink(missing_ok=True)
     save_head(run_dir / ALIGNER, head, units)
     said = {**about, "early_s": round(early_s, 4), "late_s": round(late_s, 4)}
     files.write_json(run_dir / ALIGNER / ALIGNER_SETTINGS, {**said, "settings": settings})
