@@ -198,6 +198,8 @@ def test_the_longest_prefix_scales_the_rate_and_an_unknown_one_is_an_error(whole
         UserError, match="no trainable parameter begins with 'decoder'; they begin with encoder, llm, proj"
     ):
         parameter_groups(model, StageSettings(setting="all", lr_scale={"decoder": 2}))
+    with pytest.raises(UserError, match="begins with 'ctc'; .*leave it out where ctc_weight is 0"):
+        parameter_groups(model, StageSettings(setting="all", lr_scale={"ctc": 2}))
 
 
 def test_every_step_is_logged_with_its_loss_by_language(recipe, whole, tmp_path):

@@ -71,7 +71,8 @@ def parameter_groups(model: nn.Module, settings: StageSettings) -> list[dict[str
     for prefix in settings.lr_scale:
         if not any(name.startswith(prefix) for name, _ in trainable):
             parts = ", ".join(sorted({name.split(".")[0] for name, _ in trainable}))
-            raise UserError(f"lr_scale: no trainable parameter begins with '{prefix}'; they begin with {parts}")
+            mend = "; leave it out where ctc_weight is 0" * prefix.startswith("ctc")
+            raise UserError(f"lr_scale: no trainable parameter begins with '{prefix}'; they begin with {parts}{mend}")
     lang_of = {id(p): lang for lang, parameters in language_parameters(model).items() for p in parameters}
     groups: dict[tuple[float, str | None], list[nn.Parameter]] = {}
     for name, parameter in trainable:
