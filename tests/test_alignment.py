@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 import sys
+import types
 
 import pytest
 import torch
@@ -121,6 +122,16 @@ def test_text_that_the_frames_are_too_few_for_is_not_aligned(engine):
     found = alignment.forced_align(short, [[1, 1], [2, 2, 1], [1]], engine=engine)  # three frames, four, one
     assert found[0].path == [1, 0, 1] and found[1:] == [None, None]
     assert alignment.forced_align([], [], engine=engine) == []
+
+
+def test_torchaudio_s_units_become_those_of_an_index(monkeypatch):
+    """It gives them in the type of the targets; to gather posteriors by int32 is an error before PyTorch 2.8."""
+    functional = types.SimpleNamespace(forced_align=lambda x, ids, blank: (ids.repeat(1, x.shape[1]), None))
+    monkeypatch.setitem(sys.modules, "torchaudio", types.SimpleNamespace(functional=functional))
+    monkeypatch.setitem(sys.modules, "torchaudio.functional", functional)
+    paths = engines.Torchaudio().paths([posteriors(0, 3), posteriors(1, 2)], [[1], []], 0)
+    assert [path.tolist() for path in paths] == [[1, 1, 1], [0, 0]]
+    assert {path.dtype for path in paths} == {torch.int64}
 
 
 def test_greedy_text_is_that_of_the_best_unit_of_each_frame():

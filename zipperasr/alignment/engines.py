@@ -102,7 +102,7 @@ class Torchaudio(Torch):
         ids = [torch.tensor([some], dtype=torch.int32, device=x.device) for x, some in zip(log_probs, targets)]
         blanks = [torch.full((len(x),), blank) for x in log_probs]  # it takes no empty text
         return [
-            forced_align(x[None].contiguous(), some, blank=blank)[0][0] if some.numel() else nothing
+            forced_align(x[None].contiguous(), some, blank=blank)[0][0].long() if some.numel() else nothing
             for x, some, nothing in zip(log_probs, ids, blanks)
         ]
 
