@@ -11,6 +11,7 @@ are left out: eSpeak NG tells of no words within what is written without spaces.
 import argparse
 import ctypes
 import itertools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from mini_speech import SAMPLE_RATE, Utterance, seed_of
 
 from zipperasr import files
 from zipperasr.alignment.words import Word, split
+from zipperasr.errors import UserError
 
 LANGS = "ar de en es fr it ko pt ru vi zh".split()
 WORD = 1  # a type of event
@@ -117,7 +119,9 @@ def distances_ms(spoken: Spoken, words: Sequence[Word]) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--langs", nargs="+", help="(default: those that the aligner was trained on)")
+    parser.add_argument(
+        "--langs", nargs="+", choices=LANGS, help="(default: those of them that the aligner was trained on)"
+    )
     parser.add_argument("--number", type=int, default=50, help="phrases of each language (default: %(default)s)")
     args = parser.parse_args()
 
@@ -138,7 +142,10 @@ def main() -> None:
             if words := aligner.words(frames.detach(), lang, spoken.utterance.text):
                 rows.append(distances_ms(spoken, words))
         every += rows
-        print(_row(lang, np.concatenate(rows)))
+        if rows:
+            print(_row(lang, np.concatenate(rows)))
+    if not every:
+        raise UserError(f"{args.run_dir}: its aligner knows no word to measure; train it on one of {', '.join(LANGS)}")
     print(_row("all", np.concatenate(every)))
 
 
@@ -148,4 +155,7 @@ def _row(name: str, found: np.ndarray) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"word_times.py: error: {error}")

@@ -1,6 +1,7 @@
 """The aligner of a run: trained on its frozen encoder, accurate to a few frames, written beside what was decoded."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -240,6 +241,13 @@ def test_no_word_times_are_left_of_texts_that_are_no_longer_there(trained, capsy
     assert "decoded by another list than that in" in capsys.readouterr().err
 
 
+def test_what_is_not_known_of_a_set_is_not_said_to_be_nothing(trained, capsys):
+    run_dir, data_dir = trained
+    decoded(run_dir, data_dir, ["猫"] * 3)  # no character that the head knows
+    assert main(align_args(run_dir, data_dir)) == 0
+    assert "0 words of 3 utterances (3 have none), confidence nan, disagreement nan" in capsys.readouterr().out
+
+
 def test_an_aligner_that_was_being_replaced_is_none(trained, monkeypatch, capsys):
     run_dir, data_dir = trained
 
@@ -291,6 +299,17 @@ def utterance_of(spoken, number):
     features = log_mel(spoken.audio.astype(np.float32) / 2**15, 80)
     seconds = len(spoken.audio) / 16000
     return Synthesised(str(number), said.lang, said.text, said.text, seconds, len(features), 80, features)
+
+
+@pytest.mark.parametrize(
+    ("langs", "said"), [([], "no such file; train it with zipperasr train-aligner"), (["--langs", "ja"], "choose from")]
+)
+def test_a_measurement_that_cannot_be_made_is_one_clear_line(tmp_path, langs, said):
+    script = str(REPOSITORY / "local" / "word_times.py")
+    done = subprocess.run(
+        [sys.executable, script, "--run-dir", str(tmp_path), *langs], capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode and said in done.stderr and "Traceback" not in done.stderr
 
 
 def test_word_times_are_within_40_ms_of_those_that_the_synthesiser_tells(tmp_path):

@@ -10,9 +10,11 @@ unreadable, or too short for the text.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -73,7 +75,10 @@ def write(
     heard: dict[str, Heard],
     formats: Collection[str],
 ) -> dict[str, Any]:
-    """Write the word times in these formats into a decode directory; return counts and means for people."""
+    """Write the word times in these formats into a decode directory; return counts and means for people.
+
+    A mean over nothing is nan.
+    """
     rows = list(_rows(utterances, texts, heard))
     if "json" in formats:
         with files.write(directory / OUTPUTS["json"]) as stream:
@@ -90,8 +95,8 @@ def write(
         "num_utts": len(rows),
         "num_words": len(words),
         "num_unaligned": sum(bool(split(row["text"])) and not row["words"] for row in rows),
-        "confidence": sum(word.confidence for word in words) / max(len(words), 1),
-        "disagreement": sum(checked) / max(len(checked), 1),
+        "confidence": fmean([word.confidence for word in words]) if words else math.nan,
+        "disagreement": fmean(checked) if checked else math.nan,
     }
 
 
