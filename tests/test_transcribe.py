@@ -430,7 +430,10 @@ def test_subtitles_of_timed_thai_have_spaces_where_its_text_has_them_only():
 def test_an_aligner_counts_only_for_the_checkpoint_that_it_was_trained_on(tmp_path):
     assert recipes._aligner_digest(tmp_path, (7,)) is None
     files.write_json(tmp_path / "aligner" / "settings.json", {"step": 7})
-    assert recipes._aligner_digest(tmp_path, (7,)) and recipes._aligner_digest(tmp_path, (8,)) is None
+    digest = recipes._aligner_digest(tmp_path, (7,))
+    assert digest and recipes._aligner_digest(tmp_path, (8,)) is None
+    (tmp_path / "aligner" / ".lock").touch()  # as train-aligner leaves it, though it may have been stopped at once
+    assert recipes._aligner_digest(tmp_path, (7,)) == digest
     assert recipes._aligner_digest(tmp_path, (7, 8)) is None
 
 

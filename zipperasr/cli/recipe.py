@@ -101,7 +101,7 @@ def _aligner_digest(run_dir: Path, steps: Sequence[int]) -> str | None:
     settings = run_dir / ALIGNER / ALIGNER_SETTINGS
     if not settings.is_file() or list(steps) != [files.read_json(settings)["step"]]:
         return None
-    return files.fingerprint([files.sha256(path) for path in sorted(settings.parent.iterdir())])
+    return files.fingerprint([files.sha256(path) for path in sorted(settings.parent.glob("[!.]*"))])
 
 
 def _trained_languages(whole: Config) -> tuple[str, ...]:
