@@ -137,6 +137,17 @@ def test_a_merged_export_is_the_run(run_of, exported, paths, method):
     assert (folder / "llm" / "tokenizer.model").read_bytes() == (paths.lm / "tokenizer.model").read_bytes()
 
 
+@pytest.mark.parametrize("format", ["peft", "merged"])
+def test_others_may_read_all_that_is_exported(exported, format):
+    modes = {
+        path.name: path.stat().st_mode & 0o777
+        for path in exported("zipper_soft", format)[0].rglob("*")
+        if path.is_file()
+    }
+    assert sum(name.endswith(".safetensors") for name in modes) >= 1
+    assert set(modes.values()) == {modes["config.json"]}
+
+
 @pytest.mark.parametrize("method", [m for m in MERGEABLE if m != "vanilla"])
 def test_languages_differ(exported, method):
     de, th = (load_file(exported(method, "merged")[0] / "encoder" / lang / "model.safetensors") for lang in LANGS)

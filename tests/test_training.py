@@ -339,6 +339,12 @@ def test_the_trainable_list_is_saved(stage1):
     assert files.read_json(stage1 / "train.json")["num_trainable"] == sum(t.numel() for t in saved.values())
 
 
+def test_others_may_read_all_that_a_run_writes(stage1):
+    modes = {path.name: path.stat().st_mode & 0o777 for path in stage1.rglob("*") if path.is_file()}
+    assert "trainable.safetensors" in modes
+    assert set(modes.values()) == {modes["config.yaml"]}
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_with_its_utterances_and_saves_nothing(recipe, whole, tmp_path, poison):
     trainer = make_trainer(recipe, whole, tmp_path, max_steps=20)

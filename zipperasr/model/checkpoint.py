@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from zipperasr import config, files
@@ -22,7 +21,7 @@ from zipperasr.model.llm_io import load_llm
 from zipperasr.model.projector import Projector
 from zipperasr.model.random_init import random_llm, random_whisper
 from zipperasr.model.speech_llm import SpeechLLM, set_trainable, stage_tensors
-from zipperasr.model.tensors import check_fit, read_tensors
+from zipperasr.model.tensors import check_fit, read_tensors, write_tensors
 from zipperasr.model.whisper_io import load_whisper
 
 
@@ -64,9 +63,8 @@ def load_run(run_dir: Path | str, steps: Sequence[int] = ()) -> SpeechLLM:
 
 def save_trainable(model: SpeechLLM, folder: Path | str) -> None:
     """Write `trainable.safetensors`: what the model's stage trains, under its own names."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in stage_tensors(model, model.stage).items()}
     with files.beside(Path(folder) / WEIGHTS) as temporary:
-        save_file(tensors, temporary)
+        write_tensors(temporary, stage_tensors(model, model.stage))
 
 
 def load_trainable(model: SpeechLLM, *folders: Path | str, stage: int) -> None:

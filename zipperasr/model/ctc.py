@@ -13,12 +13,11 @@ from pathlib import Path
 import regex
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from zipperasr import alignment, files
 from zipperasr.data.utterances import Utterance
-from zipperasr.model.tensors import check_fit, read_tensors
+from zipperasr.model.tensors import check_fit, read_tensors, write_tensors
 
 _HANGUL = regex.compile(r"\p{Hangul}+")
 WEIGHTS, UNITS = "aligner.safetensors", "units.json"
@@ -101,7 +100,7 @@ def save_head(folder: Path, head: CtcHead, units: Units) -> None:
     """Write `aligner.safetensors` and, beside it, `units.json` with the characters."""
     units.save(folder)
     with files.beside(folder / WEIGHTS) as temporary:
-        save_file({name: t.detach().cpu().contiguous() for name, t in head.state_dict().items()}, temporary)
+        write_tensors(temporary, head.state_dict())
 
 
 def load_head(folder: Path) -> tuple[CtcHead, Units]:

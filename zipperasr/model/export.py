@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
@@ -33,6 +32,7 @@ from zipperasr.model.encoder import SpeechEncoder
 from zipperasr.model.parity import NOISE_S, noise_window, parity, recorded_window
 from zipperasr.model.projector import STRIDE, Projector
 from zipperasr.model.speech_llm import SpeechLLM
+from zipperasr.model.tensors import write_tensors
 from zipperasr.model.whisper_io import hf_name, save_hf, save_hf_encoder
 
 TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "chat_template*", "*.model")
@@ -191,7 +191,7 @@ def _write_projector(projector: Projector, folder: Path, dtype: torch.dtype) -> 
     gate = projector.gate
     sizes = {"width": gate.in_channels, "hidden_size": gate.out_channels, "llm_width": projector.out.out_features}
     files.write_json(folder / "config.json", {**sizes, "stride": STRIDE})
-    save_file({name: t.to(dtype) for name, t in projector.state_dict().items()}, folder / "model.safetensors")
+    write_tensors(folder / "model.safetensors", {name: t.to(dtype) for name, t in projector.state_dict().items()})
 
 
 def _write_lora(
@@ -203,13 +203,13 @@ def _write_lora(
     for name, layer in adapted_layers(module).items():
         A, B = layer.low_rank(lang)
         for part, factor in (("lora_A", A), ("lora_B", B / (settings.alpha / settings.rank))):
-            tensors[f"base_model.model.{rename(f'{name}.{part}.weight')}"] = factor.to(dtype).contiguous()
+            tensors[f"base_model.model.{rename(f'{name}.{part}.weight')}"] = factor.to(dtype)
     targets = sorted({name.split(".")[-3] for name in tensors})
     lora = {"peft_type": "LORA", "r": settings.rank, "lora_alpha": settings.alpha, "target_modules": targets}
     plain = {"bias": "none", "fan_in_fan_out": False, "inference_mode": True, "lora_dropout": 0.0}
     about = {"base_model_name_or_path": base, "task_type": task}
     files.write_json(folder / "adapter_config.json", lora | plain | about)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "adapter_model.safetensors", tensors, format="pt")
 
 
 def _tensors(module: nn.Module, plain: Callable[[AdaptedLinear], nn.Module]) -> dict[str, Tensor]:

@@ -1,14 +1,29 @@
 """Named tensors on disk, read so that what is missing, broken or of another model is named."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zipperasr.errors import UserError
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+    """Write a safetensors file, which others may read too (see `share`)."""
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata or None)
+    share(path)
+
+
+def share(path: Path) -> None:
+    """Give a file the mode of any new one: safetensors lets the owner alone read what it writes."""
+    new = path.with_name(f".new.{path.name}")
+    new.touch()
+    shutil.copymode(new, path)
+    new.unlink()
 
 
 def read_tensors(path: Path, *, lacking: str, broken: str) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 import whisper
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
@@ -24,7 +23,7 @@ from zipperasr import files
 from zipperasr.data.download.hub import HubModel
 from zipperasr.errors import UserError
 from zipperasr.model.sizes import whisper_dims
-from zipperasr.model.tensors import check_fit, read_tensors
+from zipperasr.model.tensors import check_fit, read_tensors, share, write_tensors
 
 HF_NAMES = (
     ("blocks.", "layers."),
@@ -124,7 +123,7 @@ def save_whisper(
     config = {"dims": dataclasses.asdict(model.dims), "language_tokens": language_tokens}
     files.write_json(folder / "config.json", config)
     with files.beside(folder / "model.safetensors") as temporary:
-        save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}, temporary)
+        write_tensors(temporary, {name: t.to(dtype) for name, t in model.state_dict().items()})
 
 
 def save_hf_encoder(folder: Path, tensors: Mapping[str, Tensor], *, num_heads: int, dtype: torch.dtype) -> None:
@@ -145,6 +144,8 @@ def save_hf(folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor],
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     model.to(dtype).save_pretrained(folder)
+    for path in Path(folder).glob("*.safetensors"):
+        share(path)
 
 
 def _from_folder(folder: Path) -> _Stored:

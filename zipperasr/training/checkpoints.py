@@ -92,7 +92,7 @@ class Writer:
             pending.result()
 
     def _write(self, state: dict, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
-        from safetensors.torch import save_file
+        from zipperasr.model.tensors import write_tensors
 
         path = self.run_dir / "checkpoints" / f"step-{state['step']}"
         temporary = path.with_name(f".tmp-{path.name}")
@@ -100,7 +100,7 @@ class Writer:
             with files.writing(path):
                 temporary.mkdir(parents=True, exist_ok=True)
                 for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
-                    save_file(tensors, temporary / name)
+                    write_tensors(temporary / name, tensors)
                     files.flush(temporary / name)
                 files.write_json(temporary / "state.json", state)
                 _remove(path)
