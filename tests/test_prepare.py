@@ -238,6 +238,15 @@ def test_any_sampling_rate_becomes_16_khz(tmp_path, rate):
     assert np.abs(samples - expected)[inside].max() < 2e-3
 
 
+def test_a_recording_that_lhotse_resamples_is_read_at_its_files_rate_and_another_change_is_named(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).uniform(-0.1, 0.1, 8000), 8000, subtype="FLOAT")
+    cut = manifests.to_cut(cut_of(tmp_path / "a.wav"))
+    again = cut.resample(44100).resample(16000)
+    assert again.recording.transforms and np.array_equal(audio.load_audio(again), audio.load_audio(cut))
+    with pytest.raises(UserError, match="its recording is changed by 'Speed'; write its audio to a file"):
+        audio.load_audio(cut.perturb_speed(1.1))
+
+
 def test_channels_are_averaged(tmp_path):
     stereo = np.stack([np.full(1600, 0.5), np.full(1600, -0.25)], axis=1)
     soundfile.write(tmp_path / "a.wav", stereo, 16000, subtype="FLOAT")

@@ -240,6 +240,17 @@ def test_a_kaldi_directory_is_its_utterances_in_their_languages(tmp_path):
     ]  # fmt: skip
 
 
+def test_an_unknown_language_costs_its_utterance_alone_and_nothing_if_one_is_named(run, audio, capsys):
+    (audio / "wav.scp").write_text(f"one {audio}/a.flac\ntwo {audio}/a.flac\n")
+    (audio / "utt2lang").write_text("one nl\ntwo de\n")
+    assert main(run.args(audio)) == 1
+    said = capsys.readouterr()
+    assert said.out.startswith("two\t") and said.out.count("\n") == 1
+    assert "one: unknown language 'nl'" in said.err and "or give --language" in said.err
+    assert main(run.args("--language", "de", audio)) == 0
+    assert capsys.readouterr().out.count("\n") == 2
+
+
 @pytest.mark.parametrize(
     "wav_scp, segments_, said",
     [
@@ -297,8 +308,9 @@ def test_manifests_of_cuts_and_of_recordings_are_read_packed_or_not(tmp_path):
     (tmp_path / "recordings.jsonl").write_text(json.dumps(recording) + "\n")
     found, _ = inputs.find([str(tmp_path / "cuts.jsonl.gz"), str(tmp_path / "recordings.jsonl")])
     assert found == [
-        inputs.Source("c", Path("x.wav"), 1.5, 3.5, (1,), "de"), inputs.Source("r", Path("x.wav"), 0, 10, (0, 1)),
+        inputs.Source("c", Path("x.wav"), 1.5, 3.5, (1,), "German"), inputs.Source("r", Path("x.wav"), 0, 10, (0, 1)),
     ]  # fmt: skip
+    assert [source.lang for source in found] == ["de", None]
     per_channel = json.dumps(recording | {"sources": sources * 2})
     for text in ("", "{", '{"id": "mixed", "tracks": []}\n', "[]\n", '{"id": 1, "sources": []}', per_channel):
         (tmp_path / "bad.jsonl").write_text(text)

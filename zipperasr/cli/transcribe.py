@@ -102,7 +102,8 @@ def _check_outputs(out: Path | None, formats: Sequence[str], sources: Sequence["
     outputs: dict[str, Source] = {}
     for source in sources:
         if (other := outputs.setdefault(source.output, source)) != source:
-            raise UserError(f"{source.name}: would be written over '{other.name}'; give it an --out of its own")
+            mend = "rename one, or give it an --out of its own"
+            raise UserError(f"{source.name}: would be written over '{other.name}'; {mend}")
     try:  # now, not behind hours of audio
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
@@ -130,7 +131,7 @@ def _todo(
     todo = {}
     for source in sources:
         try:
-            key = files.fingerprint([job.key, sorted(formats), source.digest])
+            key = files.fingerprint([job.key, sorted(formats), source.digest, job.lang or source.lang])
         except UserError as error:
             failed[source.name] = error
             continue

@@ -123,9 +123,15 @@ class Span:
         if others or source["type"] != "file":
             what = f"{1 + len(others)} sources" if others else f"a source of type '{source['type']}'"
             raise UserError(f"cut '{cut['id']}': its recording has {what}; recordings are files here: export it to one")
+        rate = recording["sampling_rate"]
+        for transform in reversed(recording.get("transforms") or ()):
+            if transform["name"] != "Resample":  # which is done below, from the file's own rate
+                mend = "write its audio to a file (Lhotse's save_audio)"
+                raise UserError(f"cut '{cut['id']}': its recording is changed by '{transform['name']}'; {mend}")
+            rate = transform["kwargs"]["source_sampling_rate"]
         channels, picked = _shared(*source["channels"]), _shared(*(channel if isinstance(channel, list) else [channel]))
         start_s = cut["start"] or 0.0  # one object, as it mostly is
-        return cls(source["source"], start_s, cut["duration"], recording["sampling_rate"], channels, picked)
+        return cls(source["source"], start_s, cut["duration"], rate, channels, picked)
 
     def load(self, utt_id: str) -> np.ndarray:
         """The samples, float32 [num_samples(duration_s)]: channels averaged, resampled to 16 kHz.

@@ -25,15 +25,23 @@ AUDIO = frozenset(
 
 @dataclass(frozen=True)
 class Source:
-    """A recording, or a piece of one: the mean of its `channels`, or of all. `lang` is what the input says it is in."""
+    """A recording, or a piece of one: the mean of its `channels`, or of all. `language`: what the input says it is."""
 
     name: str
     path: Path
     start_s: float = 0.0
     end_s: float | None = None
     channels: tuple[int, ...] = ()
-    lang: str | None = None
+    language: str | None = None
     stem: str | None = None
+
+    @property
+    def lang(self) -> str | None:
+        """The code of the language that the input says. Raises UserError where that is none that is known."""
+        try:
+            return self.language and kaldi.lang_code(self.language)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}; or give --language") from None
 
     @property
     def output(self) -> str:
@@ -60,7 +68,7 @@ class Source:
             raise UserError(f"{self.path}: not a name in UTF-8; mend it") from error
         except OSError as error:
             raise UserError(f"{self.path}: {(error.strerror or str(error)).lower()}; mend its name") from error
-        span = [self.start_s, self.end_s, self.channels, self.lang]
+        span = [self.start_s, self.end_s, self.channels]
         return files.fingerprint([str(self.path.absolute()), found.st_size, found.st_mtime_ns, *span])
 
 
@@ -126,8 +134,8 @@ def _from_kaldi(folder: Path) -> Iterator[Source]:
         if entry in ("", "-") or "|" in (entry[0], entry[-1]) or re.search(r":\d+$", entry):
             mend = "stage 1 (local/prepare_kaldi.py) stores such audio as files"
             raise UserError(f"{folder}: recording '{recording}' is '{entry}', not a file; {mend}")
-        lang = kaldi.lang_code(utt2lang[utt_id]) if utt2lang and utt_id in utt2lang else None
-        yield Source(utt_id, Path(entry), start_s, None if end_s == -1 else end_s, lang=lang)
+        language = (utt2lang or {}).get(utt_id)
+        yield Source(utt_id, Path(entry), start_s, None if end_s == -1 else end_s, language=language)
 
 
 def _from_manifest(path: Path) -> Iterator[Source]:
@@ -154,6 +162,6 @@ def _from_row(row: dict[str, Any]) -> Source:
         channels = row["sources"][0]["channels"]
         row = {"id": row["id"], "recording": row, "channel": channels, "start": 0, "duration": row["duration"]}
     span = Span.of(row)
-    langs = {supervision.get("language") for supervision in row.get("supervisions", ())}
-    lang = kaldi.lang_code(*langs) if len(langs) == 1 and None not in langs else None
-    return Source(str(row["id"]), Path(span.path), span.start_s, span.start_s + span.duration_s, span.picked, lang)
+    said = {supervision.get("language") for supervision in row.get("supervisions", ())}
+    language = said.pop() if len(said) == 1 else None
+    return Source(str(row["id"]), Path(span.path), span.start_s, span.start_s + span.duration_s, span.picked, language)
