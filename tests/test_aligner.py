@@ -220,6 +220,29 @@ def test_word_times_are_written_for_every_utterance_of_a_set(trained, capsys):
     assert [" ".join(w["word"] for w in row["words"]) for row in rows] == [u.reference for u in utterances]
 
 
+def test_the_best_texts_of_the_head_alone_are_written_where_they_are_asked_for(trained):
+    run_dir, data_dir = trained
+    directory, utterances = decoded(run_dir, data_dir, ["haus katze", None, "baum"])
+    assert main(align_args(run_dir, data_dir)) == 0 and not (directory / "nbest.jsonl").exists()
+    assert main(align_args(run_dir, data_dir, "--format", "nbest")) == 0
+    rows = [json.loads(line) for line in (directory / "nbest.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["id"] for row in rows] == [u.id for u in utterances]
+    assert [len(row["texts"]) for row in rows] == [10, 0, 10]
+    scores = [score for _, score in rows[0]["texts"]]
+    assert scores == sorted(scores, reverse=True)
+
+    model, aligner = checkpoint.load_run(run_dir).merged("de"), Aligner.load(run_dir)
+    with torch.inference_mode():
+        frames, _ = model.encoder([utterances[0].features()], ["de"], 30.0)
+        log_probs = aligner.head(frames)
+    for text, score in rows[0]["texts"]:
+        ids = aligner.units.encode(text)
+        loss = torch.nn.functional.ctc_loss(
+            log_probs, torch.tensor(ids), [len(log_probs)], [len(ids)], reduction="none"
+        )
+        assert score == pytest.approx(-loss.item(), abs=1e-3)
+
+
 def test_no_word_times_are_left_of_texts_that_are_no_longer_there(trained, capsys):
     run_dir, data_dir = trained
     directory, utterances = decoded(run_dir, data_dir, ["haus katze"] * 3)

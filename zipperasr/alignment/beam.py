@@ -7,11 +7,15 @@ import numpy as np
 from torch import Tensor
 
 
-def prefixes(log_probs: Tensor, width: int, blank: int) -> list[list[int]]:
-    """The texts that are left of a beam of `width` at the end of the frames [T, V], likely ones first."""
+def prefixes(log_probs: Tensor, width: int, blank: int, beam_nats: float) -> list[list[int]]:
+    """The texts that are left of a beam of `width` at the end of the frames [T, V], likely ones first.
+
+    A unit that is `beam_nats` less likely than its frame's best is not tried.
+    """
     beam = {(): (0.0, -math.inf)}  # log-probability of the paths that end in a blank, and in the last token
     for frame in log_probs.double().cpu().numpy():
-        likely = [unit for unit in np.argsort(-frame)[: width + 1].tolist() if unit != blank]
+        best_units, least = np.argsort(-frame)[: width + 1].tolist(), frame.max() - beam_nats
+        likely = [unit for unit in best_units if unit != blank and frame[unit] > least]
         longer: dict[tuple[int, ...], list[float]] = defaultdict(lambda: [-math.inf, -math.inf])
         for text, (in_blank, in_token) in beam.items():
             both = np.logaddexp(in_blank, in_token)

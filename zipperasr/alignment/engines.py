@@ -89,7 +89,7 @@ class Torch:
     def texts(self, log_probs: Tensor, num: int, blank: int) -> list[list[int]]:
         from zipperasr.alignment.beam import prefixes
 
-        return prefixes(log_probs, 4 * num, blank)
+        return prefixes(log_probs, 4 * num, blank, PATH_BEAM)
 
 
 class Torchaudio(Torch):

@@ -8,7 +8,8 @@ import regex
 
 from zipperasr import files
 
-OUTPUTS = {"ctm": "ctm", "textgrid": "textgrid", "json": "words.jsonl"}  # in a decode directory, by format
+OUTPUTS = {"ctm": "ctm", "textgrid": "textgrid", "json": "words.jsonl", "nbest": "nbest.jsonl"}
+"""What word times are called in a decode directory, by format."""
 _ALONE = r"[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}]"
 _WORD = regex.compile(rf"(?={_ALONE})\X|(?:(?!{_ALONE})\S)+")
 

@@ -6,6 +6,7 @@ of texts or an aligner that are no longer there is removed.
 """
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 
@@ -20,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="holds manifests/, lists/ and features/")
     parser.add_argument("--sets", nargs="+", required=True, metavar="SET", help="<corpus>_<lang>_<split>")
     parser.add_argument("--text", choices=("hyp", "ref"), default="hyp", help="what is aligned (default: %(default)s)")
-    parser.add_argument("--format", nargs="+", choices=OUTPUTS, default=list(OUTPUTS), help="(default: all)")
+    parser.add_argument(
+        "--format", nargs="+", choices=OUTPUTS, default=["ctm", "textgrid", "json"],
+        help="(default: %(default)s); nbest: the best texts of the CTC head alone",
+    )  # fmt: skip
     parser.add_argument("--engine", help="k2, torchaudio or torch (default: the first of them that is there)")
 
 
@@ -56,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
         ]
         if {u.id for u in utterances} != decoded.refs.keys():
             raise UserError(f"{directory}: decoded by another list than that in {args.data_dir}; decode it again")
+        aligner = dataclasses.replace(aligner, num_best=align.NUM_BEST if "nbest" in todo else 0)
         began = time.perf_counter()
         heard = align.align(
             aligner, model.merged(decoded.language.code), decoded.language.code, utterances, texts,

@@ -4,6 +4,7 @@
                    of the LLM's text: `ctc_text`, what the CTC head alone hears, and `disagreement` (0 to 1) with it
     ctm            id, channel, start, duration, word, confidence
     textgrid/      <id>.TextGrid of each utterance, for Praat
+    nbest.jsonl    id, texts ([[text, log-probability]]): the NUM_BEST most probable texts by the CTC head alone
 
 An utterance has no words where its text is empty, or has no character that the head knows, and where its audio is
 unreadable, or too short for the text.
@@ -27,6 +28,8 @@ from zipperasr.decoding.worker import batches, read_ahead, segment_s
 from zipperasr.model import EncoderSettings
 from zipperasr.model.aligner import Aligner, Heard
 from zipperasr.model.speech_llm import SpeechLLM
+
+NUM_BEST = 10
 
 
 def align(
@@ -83,6 +86,11 @@ def write(
     if "json" in formats:
         with files.write(directory / OUTPUTS["json"]) as stream:
             stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if "nbest" in formats:
+        with files.write(directory / OUTPUTS["nbest"]) as stream:
+            for u in utterances:
+                row = {"id": u.id, "texts": heard[u.id].n_best if u.id in heard else []}
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
     timed = {u.id: heard[u.id].words if u.id in heard else [] for u in utterances}
     if "ctm" in formats:
         write_ctm(directory / OUTPUTS["ctm"], timed.items())

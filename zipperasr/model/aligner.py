@@ -35,11 +35,13 @@ class Heard:
     `words` is empty where the audio is too short for the text, or the head knows none of its characters.
     `disagreement`: the edit distance between text and `ctc_text` over the length of the longer one, in characters as
     for training, without spaces: from 0 to 1; None where the head knows none of the text's characters.
+    `n_best`: the most probable texts by the head alone, with the log-probabilities of all their paths, if asked for.
     """
 
     words: list[Word]
     ctc_text: str
     disagreement: float | None
+    n_best: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Aligner:
     step: int | None = None
     """The checkpoint of the run whose encoder it was trained on."""
     engine: str | None = None
+    num_best: int = 0
+    """How many of the most probable texts are searched for, which takes much longer than all else."""
 
     @classmethod
     def load(cls, run_dir: Path | str, *, device: torch.device | str = "cpu", engine: str | None = None) -> "Aligner":
@@ -109,8 +113,9 @@ class Aligner:
         ours, theirs = (train_text(t, lang).replace(" ", "") for t in (text, ctc_text))
         ids, owners = targets
         words = self._timed(split(text), owners, found, duration_s) if found and ids else []
-        is_known = ids or not ours
-        return Heard(words, ctc_text, Levenshtein.normalized_distance(ours, theirs) if is_known else None)
+        disagreement = Levenshtein.normalized_distance(ours, theirs) if ids or not ours else None
+        best = alignment.n_best(log_probs, self.num_best, engine=self.engine) if self.num_best else []
+        return Heard(words, ctc_text, disagreement, tuple((self.units.decode(some), score) for some, score in best))
 
     def _timed(
         self, words: list[str], owners: list[int | None], found: alignment.Alignment, duration_s: float
