@@ -68,12 +68,13 @@ def run(args: argparse.Namespace) -> None:
     num_inputs = len(sources) + len(failed)
     _check_outputs(args.out, formats, sources)
     todo = _todo(sources, job, formats, args.out, failed)
+    say_why = _say_why if num_inputs > 1 else lambda *_: None  # the error of the only one is the command's
     for name, error in failed.items():
-        _say_why(name, error)
+        say_why(name, error)
     for source, found in _transcripts(list(todo), job, args.nj):
         if isinstance(found, UserError):
             failed[source.name] = found
-            _say_why(source.name, found)
+            say_why(source.name, found)
         else:
             _write(source, found, formats, args.out, todo[source])
             _say(_summary(found))
