@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import re
 import shutil
 import threading
@@ -306,9 +307,12 @@ def test_downloads_are_the_answers_bytes_and_the_text_goes_to_the_clipboard(open
 
 def test_what_the_microphone_hears_reaches_the_service_as_wav_of_16_khz(opened, service):
     tab = opened()
+    tab.locator("#file").set_input_files({"name": "a.wav", "mimeType": "audio/wav", "buffer": tone(9)})
+    tab.evaluate("player.play()")
     tab.locator("#record").click()
     began = time.monotonic()
     tab.locator("#record:text-is('Stop')").wait_for()
+    assert tab.evaluate("player.paused")  # so that it is not recorded
     until(tab, "document.getElementById('level').value > -40")
     tab.locator("#clock:text-is('0:01')").wait_for()
     tab.wait_for_timeout(300)
@@ -345,16 +349,58 @@ def test_the_token_is_asked_for_only_where_it_is_needed_and_kept_for_the_tab(ope
     assert opened().locator("#access").is_hidden()
     service.token = "secret"
     tab = opened()
-    status(tab, "give the service's token.")
+    status(tab, "The service asks for its access token.")
     assert tab.locator("#go").is_disabled()
-    for token, shown in (("wrong", True), ("secret", False)):
-        tab.locator("#token").fill(token)
+    for token, said, focused in (
+        ("wrong", "This is not the service's access token.", "token"),
+        ("secret", "", "choose"),
+    ):
+        tab.keyboard.type(token)  # the focus is where it is wanted, and what was wrong is gone
         with tab.expect_response("**/v1/models"):
             tab.keyboard.press("Enter")
-        tab.locator("#access").wait_for(state="visible" if shown else "hidden")
+        tab.locator(f"#status:text-is({json.dumps(said)})").wait_for(state="attached")
+        assert tab.locator("#access").is_visible() == bool(said)
+        assert tab.evaluate("document.activeElement.id") == focused
     tab.reload()
     transcribed(tab, service)
     assert tab.evaluate("[sessionStorage.token, localStorage.length, document.cookie].join()") == "secret,0,"
+
+
+def test_a_file_that_is_taken_asks_again_for_a_service_that_was_not_there(opened, service):
+    service.token = "secret"
+    tab = opened()
+    tab.locator("#access").wait_for()
+    service.token = None
+    service.answers.append(ALL)
+    upload(tab)
+    status(tab, "Done.")
+    assert tab.locator("#access").is_hidden()
+
+
+def test_a_double_click_transcribes_and_what_is_dropped_meanwhile_is_visibly_not_taken(opened, service):
+    tab, last = opened(), threading.Event()
+    service.answers.append([GERMAN, last, done()])
+    tab.locator("#file").set_input_files({"name": "a.wav", "mimeType": "audio/wav", "buffer": tone(0.1)})
+    tab.locator("#go").dblclick()
+    tab.locator(".segment").wait_for()
+    drag = """() => {
+      const dataTransfer = new DataTransfer();
+      document.body.dispatchEvent(new DragEvent("dragover", {dataTransfer, bubbles: true, cancelable: true}));
+      return document.getElementById("drop").className;
+    }"""
+    assert tab.evaluate(drag) == "row"
+    last.set()
+    status(tab, "Done.")
+    assert tab.evaluate(drag) == "row over" and tab.locator("#name").inner_text() == "a.wav, 4 kB"
+
+
+def test_a_file_that_changes_after_it_was_chosen_is_named_and_the_service_is_not_blamed(opened, service, tmp_path):
+    tab, path = opened(), tmp_path / "a talk.wav"
+    path.write_bytes(tone(4))
+    tab.locator("#file").set_input_files(path)
+    os.utime(path, (1, 1))
+    tab.locator("#go").click()
+    status(tab, "a talk.wav cannot be read: it has changed or gone. Choose it again.")
 
 
 def test_a_busy_service_is_asked_again_when_it_says_so_until_cancelled(opened, service):
@@ -490,8 +536,11 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways_and_with_contrast(op
         service,
         [GERMAN, segment(1, 4000, 4100, long, [(long, 4000, 4100, 0.5)], flags=["loop"]), done(warnings=[long])],
     )
+    top = "document.querySelector('.segment').offsetTop"
+    before = tab.evaluate(top)
     tab.evaluate("player.currentTime = 0.7")  # a doubtful word is marked
     tab.locator("[aria-current]").wait_for()
+    assert tab.evaluate(top) == before  # nothing moves under the finger
     assert tab.evaluate("document.scrollingElement.scrollWidth") <= 360
     small = """all => all.map(one => one.getBoundingClientRect())
         .filter(box => box.width && Math.min(box.width, box.height) < 24).length"""
