@@ -313,6 +313,7 @@ def test_what_the_microphone_hears_reaches_the_service_as_wav_of_16_khz(opened, 
     began = time.monotonic()
     tab.locator("#record:text-is('Stop')").wait_for()
     assert tab.evaluate("player.paused")  # so that it is not recorded
+    assert tab.get_by_role("status").inner_text() == "Recording…"
     until(tab, "document.getElementById('level').value > -40")
     tab.locator("#clock:text-is('0:01')").wait_for()
     tab.wait_for_timeout(300)
@@ -338,11 +339,18 @@ def test_a_microphone_that_cannot_be_had_is_explained(opened, service):
     status(tab, "localhost")
     tab = opened()
     tab.evaluate(
-        "() => { navigator.mediaDevices.getUserMedia = () => Promise.reject(new DOMException('', 'NotAllowedError')); }"
+        """() => {
+          const refused = new Promise((_, reject) => window.refuse = reject);
+          navigator.mediaDevices.getUserMedia = () => refused;
+        }"""
     )
     tab.locator("#record").click()
+    status(tab, "Waiting for the microphone…")
+    tab.evaluate("refuse(new DOMException('', 'NotAllowedError'))")
     status(tab, "Allow it for this page")
     assert tab.locator("#record").inner_text() == "Record" and tab.locator("#choose").is_enabled()
+    tab.evaluate("load()")
+    assert tab.locator("#status").inner_text().startswith("The microphone is not allowed here.")
 
 
 def test_the_token_is_asked_for_only_where_it_is_needed_and_kept_for_the_tab(opened, service):
