@@ -258,6 +258,8 @@ def test_arabic_runs_from_the_right_also_within_its_line(opened, service):
     assert text.evaluate("one => getComputedStyle(one).direction") == "rtl"
     first, second = tab_text.locator(".word").evaluate_all("all => all.map(one => one.getBoundingClientRect().right)")
     assert first > second and first == pytest.approx(text.evaluate("one => one.getBoundingClientRect().right"), abs=1)
+    flag = text.page.locator(".flag").first  # it stands under the beginning of the text
+    assert flag.evaluate("one => one.getBoundingClientRect().right") == pytest.approx(first, abs=1)
     assert text.page.locator("[lang=de]").evaluate("one => getComputedStyle(one).direction") == "ltr"
 
 
