@@ -72,7 +72,7 @@ def test_requests_of_all_languages_get_together_what_each_gets_from_transcribe(e
     assert max(num_languages for _, num_languages, *_ in batches) >= 2
     assert sum(num for num, *_ in batches) < 2 * sum(len(got) - 2 for got in found)
     for (path, lang), got in zip(requests, found, strict=True):
-        source = Source(path.name, path, lang=lang)
+        source = Source(path.name, path, language=lang)
         ((_, alone),) = transcribe([source], job, on_progress=lambda _: None)
         told, *segments, transcript = got
         assert told == transcript.language and tuple(segments) == transcript.segments  # in order
