@@ -109,6 +109,7 @@ def test_a_stream_says_what_the_answer_says(running):
         ("nan.wav", lambda: encoded(np.full(RATE, np.nan), subtype="FLOAT"), 400, "nan.wav: holds samples that are no"),
         ("list.m3u8", lambda: b"#EXTM3U\n#EXTINF:10,\nfile:///etc/passwd\n", 400, "list.m3u8: not audio"),
         ("rate.wav", lambda: encoded(np.zeros(RATE), rate=7), 400, "sampling rate of 7 Hz"),
+        ("odd.wav", lambda: encoded(np.zeros(RATE), rate=767_999), 400, "sampling rate of 767999 Hz"),
         # 25 hours of nothing in 200 kB
         ("bomb.flac", lambda: encoded(np.zeros(HOUR * 25 // 16, np.int16), rate=1000, format="FLAC"), 413, "14400 s"),
     ],

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BLOCK_S = 30
 BLOCK_VALUES = 2**24  # of all channels: few files have enough channels for this to be less than BLOCK_S
 RATES = range(1000, 768_001)
+MAX_DOWN = 48_000  # of the least ratio of a rate to 16 kHz: the filter has 20 times as many values (767999 Hz: 1 GB)
 _CONTAINERS = (
     "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,matroska,webm,mov,mp4,m4a,3gp,mp3,mpeg,mpegts,ogg,tta,w64,wav,wv"
 )
@@ -49,8 +50,10 @@ def describe(path: Path) -> AudioInfo | None:
             return None
         mend = "give audio, or install ffmpeg, which reads more formats"
         raise UserError(f"{path}: not audio that libsndfile reads; {mend}") from bad
-    if info.sampling_rate not in RATES:
-        raise UserError(f"{path}: a sampling rate of {info.sampling_rate} Hz; {RATES[0]} to {RATES[-1]} are read")
+    rate = info.sampling_rate
+    if rate not in RATES or rate // math.gcd(rate, SAMPLE_RATE) > MAX_DOWN:
+        known = f"{RATES[0]} to {RATES[-1]} are read, and above {MAX_DOWN} only round ones; resample it"
+        raise UserError(f"{path}: a sampling rate of {rate} Hz; {known}")
     return info
 
 
