@@ -160,6 +160,20 @@ def test_what_nobody_waits_for_any_more_is_dropped(engine, batches, tmp_path, mo
     assert not [thread for thread in threading.enumerate() if thread.name == "reader"]
 
 
+def test_silence_that_nobody_waits_for_is_read_no_further(engine, folder, monkeypatch):
+    def silence(*_, **__):
+        while True:
+            yield np.zeros(RATE, np.float32)
+
+    monkeypatch.setattr(stream, "read", silence)
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(events(engine, folder / "silence.wav", "de"), 0.2))
+    for thread in threading.enumerate():
+        if thread.name == "reader":
+            thread.join(5)
+            assert not thread.is_alive()
+
+
 def test_a_piece_that_cannot_be_decoded_costs_its_own_request_only(engine, folder, monkeypatch, caplog):
     real = engine.transcriber.encode
 

@@ -146,11 +146,15 @@ class Engine:
     def _read(self, request: _Request, max_audio_s: float) -> None:
         torch.set_num_threads(1)  # of this thread: the cores are the model's
         path = str(request.file.source.path)
+
+        def is_wanted() -> bool:
+            return not (request.is_dropped or self.is_closed)
+
         try:
-            for found in self.reader.read(request.file, max_audio_s=max_audio_s):
+            for found in self.reader.read(request.file, max_audio_s=max_audio_s, is_wanted=is_wanted):
                 with self.changed:
-                    self.changed.wait_for(lambda: request.has_room or request.is_dropped or self.is_closed)
-                    if request.is_dropped or self.is_closed:
+                    self.changed.wait_for(lambda: request.has_room or not is_wanted())
+                    if not is_wanted():
                         return
                     request.order.append(found)
                     if isinstance(found, Piece):
