@@ -6,6 +6,8 @@ import dataclasses
 import logging
 import threading
 import time
+import types
+import weakref
 
 import numpy as np
 import pytest
@@ -188,6 +190,24 @@ def test_a_piece_that_cannot_be_decoded_costs_its_own_request_only(engine, folde
     assert isinstance(bad, Fault) and isinstance(one[-1], Transcript) and isinstance(other[-1], Transcript)
     monkeypatch.undo()
     assert isinstance(asked(engine, (folder / "1.flac", "de"))[0][-1], Transcript)
+
+
+def test_what_has_failed_holds_no_memory_while_its_pieces_are_tried_alone(engine, monkeypatch, caplog):
+    """So that pieces for which there was no room together have all of it alone."""
+    held, is_free = [], []
+
+    def decode(pieces, *_, **__):
+        if len(pieces) > 1:
+            activations = torch.zeros(1)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError
+        is_free.append(held[0]() is None)
+        return iter(())
+
+    monkeypatch.setattr(engines, "decode", decode)
+    with caplog.at_level(logging.CRITICAL):
+        engine._decode(dict.fromkeys(["one", "other"], types.SimpleNamespace(give=lambda event: None)))
+    assert is_free == [True, True]
 
 
 def test_without_a_detector_a_language_has_to_be_named(engine, folder, monkeypatch):

@@ -249,9 +249,9 @@ class Engine:
                         self._give(request)
         except Exception:
             log.exception("decoding %d of %d segments failed", len(left), len(owners))
-            if len(owners) == 1:
-                for request in left.values():
-                    request.give(Fault("a segment could not be decoded"))
-                return
-            for piece, request in left.items():
+        # what has failed holds its memory as long as its exception is handled
+        for piece, request in left.items():
+            if len(owners) > 1:
                 self._decode({piece: request})
+            else:
+                request.give(Fault("a segment could not be decoded"))
