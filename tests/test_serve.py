@@ -292,7 +292,7 @@ def test_broken_and_swollen_forms_are_refused(service, body, says):
 
 
 @pytest.mark.parametrize(
-    "kind", ["application/json", "multipart/form-data", "multipart/form-data; boundary=" + "b" * 300]
+    "kind", ["application/json", "multipart/form-data", "multipart/form-data; boundary=" + "b" * 300, "t\xe9xt/plain"]
 )
 def test_what_is_no_form_is_refused(service, kind):
     answer = requests.post(service.url + PATH, data=b"{}", headers={"Content-Type": kind}, timeout=10)
@@ -512,7 +512,7 @@ def test_openais_client_sends_the_token(start):
     assert service.openai(api_key="sesame").models.list().data[0].id == "mini"
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://"])
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://", "http://["])
 def test_pages_of_other_sites_are_refused(service, origin):
     answer = service.post(headers={"Origin": origin})
     assert answer.status_code == 403 and origin in error_of(answer)["message"]
@@ -658,6 +658,13 @@ def refuses(url: str) -> bool:
     return True
 
 
+def test_a_folder_that_somebody_has_tidied_away_is_made_anew(start):
+    service = start()
+    service.folder.rmdir()
+    assert service.post().status_code == 200
+    assert stat.S_IMODE(service.folder.stat().st_mode) == 0o700
+
+
 def test_a_large_upload_goes_to_disk_and_not_to_memory(tmp_path):
     def peak_mb() -> int:
         return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) // 1000
@@ -736,7 +743,7 @@ def test_whether_a_named_language_is_doubted_is_a_setting(tmp_path, stubbed, ove
     assert [engine.checks_given for engine in stubbed] == [checks]
 
 
-@pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.7"])
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.7", "a..b", "a" * 64])
 def test_an_address_of_another_machine_is_said_in_one_line(host):
     with pytest.raises(UserError, match=re.escape(host)):
         server.bind(host, 0)
@@ -746,6 +753,15 @@ def test_an_empty_token_is_no_open_door(monkeypatch, capsys):
     monkeypatch.setenv("ZIPPERASR_API_KEY", "")
     assert cli.main(["serve", "--model", "run"]) == 1
     assert "ZIPPERASR_API_KEY: it is set, but empty" in capsys.readouterr().err
+
+
+def test_a_token_may_come_from_a_file_that_ends_with_a_newline(tmp_path, stubbed, monkeypatch):
+    (tmp_path / "config.yaml").touch()
+    found = []
+    monkeypatch.setenv("ZIPPERASR_API_KEY", "sesame\n")
+    monkeypatch.setattr(server, "serve", lambda app, *_, **__: found.append(app.user_middleware[0].kwargs["token"]))
+    assert cli.main(["serve", "--model", str(tmp_path), "--port", "0"]) == 0
+    assert found == ["sesame"]
 
 
 def test_a_run_that_is_none_is_said_in_one_line(tmp_path, capsys):

@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> None:
     from zipperasr.serving.metrics import Metrics
 
     token = os.environ.get(API_KEY)
-    if token is not None and not token.strip():
+    token = token and token.strip()  # a file that it comes from may end with a newline, which no header can have
+    if token == "":
         raise UserError(f"{API_KEY}: it is set, but empty; give it a value, or unset it")
     whole = recipe.load_run(args.model, overrides=args.overrides, allowed=OVERRIDABLE)
     job = recipe.transcription_job(args.model, whole, step=args.step, average=args.average)

@@ -68,6 +68,7 @@ class Service:
         """POST /v1/audio/transcriptions."""
         upload.check_size(int(request.headers.get("content-length", 0)), self.settings)
         until_sent.enter_context(self.slots.take())
+        self.folder.mkdir(mode=0o700, exist_ok=True)  # what tidies /tmp removes it when it has been idle for days
         file = until_sent.enter_context(tempfile.NamedTemporaryFile(dir=self.folder))  # noqa: SIM115
         with self.metrics.uploads.track_inprogress():
             form = await upload.read(request, file, self.settings)

@@ -34,8 +34,9 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise UserError(f"--host {host}: {error.strerror}; give an address of this machine") from error
+    except (OSError, UnicodeError) as error:
+        what = getattr(error, "strerror", None) or "not the name of a machine"
+        raise UserError(f"--host {host}: {what}; give an address of this machine") from error
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind(address)

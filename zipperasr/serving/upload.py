@@ -83,7 +83,7 @@ async def read(request: Request, stream: IO[bytes], settings: ServingSettings) -
     form = Form(stream)
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
-        raise Refusal(400, f"Content-Type is {kind.decode()!a}; send multipart/form-data with its boundary")
+        raise Refusal(400, f"Content-Type is {kind.decode('latin-1')!a}; send multipart/form-data with its boundary")
     try:
         parser = MultipartParser(
             options[b"boundary"], {name: getattr(form, name) for name in dir(Form) if name[:3] == "on_"}
