@@ -33,6 +33,7 @@ class Engine:
     langs = ("de", "ja")
     has_words = True
     can_detect = True
+    is_well = True
     waiting = 7
 
     def __init__(self, job=None, *, checks_given=False, on_batch=None) -> None:

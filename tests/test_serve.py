@@ -555,6 +555,12 @@ def test_the_page_may_run_its_own_script_only(service):
     assert policy["connect-src"] == "'self'"
 
 
+def test_a_service_whose_model_is_broken_is_not_healthy(service, monkeypatch):
+    monkeypatch.setattr(service.engine, "is_well", False)
+    answer = service.get("/healthz")
+    assert answer.status_code == 503 and "start the service anew" in error_of(answer)["message"]
+
+
 def test_metrics_count_what_has_been_done(start):
     service = start(max_requests=1)
     service.post(response_format="srt")

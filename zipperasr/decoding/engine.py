@@ -94,8 +94,8 @@ class Engine:
         self.changed, self.is_closed = threading.Condition(), False
         for lang in self.langs:
             self.transcriber.prompt(lang)
-        second = Piece(self.langs[0], 0.0, 1.0, np.zeros((100, self.reader.num_bins), np.float32))
-        list(decode([second], self.transcriber, self.aligner, longest_s=self.longest_s))  # what is broken fails now
+        self.is_well = True  # what was decoded last could be, or a second of nothing at least
+        self._try()  # what is broken fails now
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self.thread.start()
 
@@ -232,6 +232,10 @@ class Engine:
                 taken_s += piece.duration_s
         return owners
 
+    def _try(self) -> None:
+        second = Piece(self.langs[0], 0.0, 1.0, np.zeros((100, self.reader.num_bins), np.float32))
+        list(decode([second], self.transcriber, self.aligner, longest_s=self.longest_s))
+
     def _decode(self, owners: dict[Piece, _Request]) -> None:
         """Decode a round; if that fails, its pieces one by one, so that only what is to blame is lost."""
         left = dict(owners)
@@ -241,7 +245,7 @@ class Engine:
                 now = clock()
                 audio_s = sum(piece.duration_s for piece in some)
                 self.on_batch(len(some), len({piece.lang for piece in some}), audio_s, now - began)
-                began = now
+                began, self.is_well = now, True
                 with self.changed:
                     for piece, segment in some.items():
                         request = left.pop(piece)
@@ -253,5 +257,10 @@ class Engine:
         for piece, request in left.items():
             if len(owners) > 1:
                 self._decode({piece: request})
-            else:
-                request.give(Fault("a segment could not be decoded"))
+                continue
+            request.give(Fault("a segment could not be decoded"))
+            try:
+                self._try()
+            except Exception:  # of the model, as where its GPU has failed, and not of the piece
+                self.is_well = False
+                log.exception("nothing can be decoded any more")

@@ -136,7 +136,9 @@ class Service:
         }
 
     async def health(self) -> dict[str, Any]:
-        """GET /healthz."""
+        """GET /healthz. Raises Refusal (503) where the model fails whatever it is given."""
+        if not self.engine.is_well:
+            raise Refusal(503, "nothing can be decoded any more, and the log says why; start the service anew")
         counts = {"in_flight": self.slots.num_taken, "waiting_segments": self.engine.waiting}
         return {"status": "ok", "model": self.name, **counts}
 
