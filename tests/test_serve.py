@@ -556,6 +556,7 @@ def test_the_page_may_run_its_own_script_only(service):
 
 
 def test_a_service_whose_model_is_broken_is_not_healthy(service, monkeypatch):
+    assert requests.head(f"{service.url}/healthz", timeout=20).status_code == 200  # as load balancers ask
     monkeypatch.setattr(service.engine, "is_well", False)
     answer = service.get("/healthz")
     assert answer.status_code == 503 and "start the service anew" in error_of(answer)["message"]

@@ -168,7 +168,7 @@ def create(service: Service, *, token: str | None = None, is_local: bool = True)
     app.add_api_route(TRANSCRIPTIONS, service.transcribe, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", service.models)
     app.add_api_route("/v1/models/{name:path}", service.model)
-    app.add_api_route("/healthz", service.health)
+    app.add_api_route("/healthz", service.health, methods=["GET", "HEAD"])  # load balancers ask by HEAD
     app.add_api_route("/metrics", service.prometheus, response_model=None)
     app.add_api_route("/", service.index, response_model=None)
     app.add_exception_handler(Refusal, _answer)

@@ -29,7 +29,7 @@ class Slots:
         """One slot while the block runs. Raises Refusal (429) when none is free."""
         if self.num_taken >= self.num:
             seconds = self.retry_after_s()
-            message = f"{self.num_taken} requests are in flight, as many as are taken; come again in {seconds} s"
+            message = f"as many requests as are taken ({self.num_taken}) are in flight; come again in {seconds} s"
             raise Refusal(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
         key, start = object(), time.monotonic()
         self._starts[key] = start
