@@ -173,14 +173,14 @@ def test_the_best_checkpoints_are_kept_too(tmp_path):
     assert [step for step, path in kept.items() if (path / checkpoints.OPTIMIZER).exists()] == [7]
 
 
-def full_at_step_4(tensors, path):
+def full_at_step_4(tensors, path, metadata):
     if "step-4" in str(path):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
-    save_file(tensors, path)
+    save_file(tensors, path, metadata)
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("safetensors.torch.save_file", full_at_step_4)
+    monkeypatch.setattr("zipperasr.model.tensors.save_file", full_at_step_4)
     assert main(recipe.train(1, tmp_path)) == 1
     assert "step-4: the disk is full; free some space" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
@@ -206,7 +206,7 @@ def test_a_disk_that_is_really_full_leaves_a_whole_checkpoint(tmp_path):
 
 def test_a_write_does_not_hold_up_training(tmp_path, monkeypatch):
     hold = threading.Event()
-    monkeypatch.setattr("safetensors.torch.save_file", lambda *args: hold.wait(30) and save_file(*args))
+    monkeypatch.setattr("zipperasr.model.tensors.save_file", lambda *args: hold.wait(30) and save_file(*args))
     writer = checkpoints.Writer(tmp_path, keep_last=1, keep_best=0)
     writer.save(checkpoints.State(num_slots=1, rows_per_batch=1, step=1), {"w": torch.ones(2)}, {"m": torch.ones(2)})
     writer.wait(only_if_done=True)
