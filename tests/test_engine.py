@@ -177,6 +177,21 @@ def test_silence_that_nobody_waits_for_is_read_no_further(engine, folder, monkey
             assert not thread.is_alive()
 
 
+def test_what_is_read_in_part_when_the_engine_closes_is_no_transcript(job, folder, monkeypatch):
+    engine = Engine(job)
+
+    def silence(*_, **__):
+        yield np.zeros(RATE, np.float32)
+        engine.is_closed = True  # as close() does while the models are busy
+        while True:
+            yield np.zeros(RATE, np.float32)
+
+    monkeypatch.setattr(stream, "read", silence)
+    with pytest.raises(Fault, match="the engine is closed"):
+        asyncio.run(asyncio.wait_for(events(engine, folder / "silence.wav", "de"), 5))
+    engine.close()
+
+
 def test_a_piece_that_cannot_be_decoded_costs_its_own_request_only(engine, folder, monkeypatch, caplog):
     real = engine.transcriber.encode
 

@@ -147,15 +147,15 @@ class Engine:
         torch.set_num_threads(1)  # of this thread: the cores are the model's
         path = str(request.file.source.path)
 
-        def is_wanted() -> bool:
-            return not (request.is_dropped or self.is_closed)
+        def check() -> None:
+            if request.is_dropped or self.is_closed:
+                raise Fault("the engine is closed")
 
         try:
-            for found in self.reader.read(request.file, max_audio_s=max_audio_s, is_wanted=is_wanted):
+            for found in self.reader.read(request.file, max_audio_s=max_audio_s, check=check):
                 with self.changed:
-                    self.changed.wait_for(lambda: request.has_room or not is_wanted())
-                    if not is_wanted():
-                        return
+                    self.changed.wait_for(lambda: request.has_room or request.is_dropped or self.is_closed)
+                    check()
                     request.order.append(found)
                     if isinstance(found, Piece):
                         request.waiting.append(found)

@@ -77,14 +77,14 @@ class Reader:
         self.max_s = min(job.transcription.max_segment_s, max_s)
 
     def read(
-        self, file: File, *, max_audio_s: float = math.inf, is_wanted: Callable[[], bool] = lambda: True
+        self, file: File, *, max_audio_s: float = math.inf, check: Callable[[], None] = lambda: None
     ) -> Iterator[Piece | Segment]:
         """A file's pieces with speech, and the segments without, in order, when the file's language is known.
 
-        No more is read when it `is_wanted` no longer: hours of silence hold no piece at which to stop.
+        `check` is called at each block of audio, and may raise: hours of silence hold no piece at which to stop.
         Raises UserError when it holds no audio or a broken one, and TooLong for more than `max_audio_s`.
         """
-        heard, held, held_s = self._heard(file, max_audio_s, is_wanted), [], 0.0
+        heard, held, held_s = self._heard(file, max_audio_s, check), [], 0.0
         for found in heard if self.detect and (self.checks_given or not file.given) else ():
             held.append(found)
             held_s += found.duration_s if isinstance(found, Piece) else 0
@@ -98,15 +98,14 @@ class Reader:
         for found in itertools.chain(held, heard):
             yield replace(found, lang=file.lang) if isinstance(found, Piece) else found
 
-    def _heard(self, file: File, max_audio_s: float, is_wanted: Callable[[], bool]) -> Iterator[Piece | Segment]:
+    def _heard(self, file: File, max_audio_s: float, check: Callable[[], None]) -> Iterator[Piece | Segment]:
         source = file.source
         info = stream.describe(source.path)
         file.num_channels = None if source.channels or info is None else info.num_channels
         span = {"start_s": source.start_s, "end_s": source.end_s, "channels": source.channels}
         if info is not None and source.end_s is None:
             _check_length(source, info.duration_s, max_audio_s)
-        blocks = itertools.takewhile(lambda _: is_wanted(), stream.read(source.path, info, **span))
-        blocks = _counted(file, blocks, max_audio_s)
+        blocks = _checked(file, stream.read(source.path, info, **span), max_audio_s, check)
         settings = self.job.transcription
         pieces = cut(blocks, max_s=self.max_s, min_pause_s=settings.min_pause_s, margin_s=settings.margin_s)
         for piece in pieces:
@@ -119,8 +118,11 @@ class Reader:
             raise UserError(f"{source.path}: holds no audio" + " at these times" * (source.end_s is not None))
 
 
-def _counted(file: File, blocks: Iterable[np.ndarray], max_audio_s: float) -> Iterator[np.ndarray]:
+def _checked(
+    file: File, blocks: Iterable[np.ndarray], max_audio_s: float, check: Callable[[], None]
+) -> Iterator[np.ndarray]:
     for block in blocks:
+        check()
         file.num_samples += len(block)
         _check_length(file.source, file.duration_s, max_audio_s)
         yield block
